@@ -1,0 +1,206 @@
+"""Pooling exactly as Caffe does it, written with explicit pads that every onnxruntime reads alike.
+
+With window k, stride s, pad p and rounding up, Caffe makes ``ceil((H + 2p - k)/s) + 1`` windows and, where
+p > 0, drops those that start at or behind H + p. Both together are what floor-mode pooling with an end pad
+of ``min(p + s - 1, k - 1)`` makes, whatever H is; so the pads below hold for dynamic sizes too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import NetError, ShapeError
+from .emit import Emitter
+from .spec import LayerSpec, Request, Shapes, at_least, spatial_pair, text
+
+Pair = tuple[int, int]
+_LOWEST = float(np.finfo(np.float32).min)  # Caffe's -FLT_MAX
+
+
+@dataclass(frozen=True)
+class PoolParams:
+    """``kernel`` is None for global pooling; ``ceil`` is Caffe's usual rounding."""
+
+    method: str
+    kernel: Pair | None
+    stride: Pair
+    pad: Pair
+    ceil: bool
+    mask: bool
+
+    def window(self, hw: Pair) -> Pair:
+        """The window's size on an image of that size."""
+        return self.kernel or hw
+
+    @property
+    def clips(self) -> bool:
+        """Whether windows that start behind the image are dropped: one padded axis switches it on for both."""
+        return any(self.pad)
+
+
+def read(request: Request) -> PoolParams:
+    """Read pooling_param; raises NetError where Caffe would refuse it."""
+    p = request["pooling_param"]
+    kernel: Pair | None = None
+    named = [name for name in ("kernel_size", "kernel_h", "kernel_w") if name in p]
+    if p["global_pooling"]:
+        if named:
+            raise NetError(f"global_pooling together with {named[0]}; Caffe takes one", line=p.line(named[0]))
+    elif not named or named in (["kernel_h"], ["kernel_w"]):
+        raise NetError("needs kernel_size, or kernel_h and kernel_w", line=p.line())
+    else:
+        h, w = spatial_pair(p, "kernel", 0, both="kernel_size")
+        kernel = at_least(h, 1, "kernel size"), at_least(w, 1, "kernel size")
+    stride, pad = spatial_pair(p, "stride", 1), spatial_pair(p, "pad", 0)
+    if kernel is None and (pad != (0, 0) or stride != (1, 1)):
+        raise NetError("global_pooling takes no pad and no stride but 1", line=p.line())
+    for value in stride:
+        at_least(value, 1, "stride")
+    if kernel and any(one >= k for one, k in zip(pad, kernel, strict=True) if one):
+        raise NetError(f"pad {text(pad)} must be smaller than the kernel {text(kernel)}", line=p.line("pad"))
+    if any(pad) and p["pool"] == "STOCHASTIC":
+        raise NetError("stochastic pooling takes no pad", line=p.line("pad"))
+    ceil = p["round_mode"] == "CEIL" and not ("ceil_mode" in p and not p["ceil_mode"])
+    return PoolParams(p["pool"], kernel, stride, pad, ceil, request.n_tops == 2)
+
+
+def out_size(h: int, k: int, s: int, p: int, *, ceil: bool, clips: bool) -> int:
+    """How many windows Caffe lays along an axis of size ``h``."""
+    span = h + 2 * p - k
+    n = (-(-span // s) if ceil else span // s) + 1
+    return n - 1 if clips and (n - 1) * s >= h + p else n
+
+
+def _infer(p: PoolParams, bottoms: Shapes) -> Shapes:
+    (bottom,) = bottoms
+    if len(bottom) != 4:
+        raise ShapeError(f"pooling needs a bottom of 4 axes, found {text(bottom)}")
+    hw = (bottom[2], bottom[3])
+    sizes = tuple(
+        out_size(h, k, s, pad, ceil=p.ceil, clips=p.clips)
+        for h, k, s, pad in zip(hw, p.window(hw), p.stride, p.pad, strict=True)
+    )
+    if any(one < 1 for one in sizes):
+        raise ShapeError(f"window {text(p.window(hw))} does not fit the bottom {text(bottom)}")
+    return ((*bottom[:2], *sizes),) * (2 if p.mask else 1)
+
+
+def _has_empty_windows(p: PoolParams, hw: Pair, out: Pair) -> bool:
+    return any((n - 1) * s - pad >= h for n, s, pad, h in zip(out, p.stride, p.pad, hw, strict=True))
+
+
+def _end_pads(p: PoolParams, hw: Pair) -> Pair:
+    """The end pads that make floor-mode pooling lay exactly Caffe's windows, for any image size."""
+    pads = []
+    for k, s, pad in zip(p.window(hw), p.stride, p.pad, strict=True):
+        reach = pad + s - 1 if p.ceil else pad
+        pads.append(min(reach, k - 1))
+    return pads[0], pads[1]
+
+
+def _onnx(e: Emitter, p: PoolParams) -> None:
+    shape, out = e.in_shapes[0], e.out_shapes[0]
+    hw, out_hw = (shape[2], shape[3]), (out[2], out[3])
+    if p.method == "STOCHASTIC":
+        raise NetError("stochastic pooling has no exact ONNX form", hint="use AVE or MAX pooling")
+    may_be_empty = p.ceil and not p.clips and any(s > k for s, k in zip(p.stride, p.window(hw), strict=True))
+    if p.kernel is None:
+        _global(e, p)
+    elif _has_empty_windows(p, hw, out_hw) or (may_be_empty and any(e.dynamic_in[0][2:])):
+        e.static(0, (2, 3), "pooling with windows outside the image (stride > kernel)")
+        _with_empty_windows(e, p, hw, out_hw)
+    elif p.method == "MAX":
+        _max(e, p, e.inputs[0], _end_pads(p, hw), e.outputs)
+    else:
+        _average(e, p, hw, out_hw)
+
+
+def _global(e: Emitter, p: PoolParams) -> None:
+    if p.method == "AVE":
+        e.node("GlobalAveragePool", e.inputs[0], to=e.outputs[0])
+    elif p.mask:
+        e.static(0, (2, 3), "the mask of global pooling")
+        _, _, h, w = e.in_shapes[0]
+        fixed = PoolParams("MAX", (h, w), (1, 1), (0, 0), True, True)
+        _max(e, fixed, e.inputs[0], (0, 0), e.outputs)
+    else:
+        e.node("GlobalMaxPool", e.inputs[0], to=e.outputs[0])
+
+
+def _max(e: Emitter, p: PoolParams, source: str, end: Pair, outputs: tuple[str, ...]) -> None:
+    attributes = {"kernel_shape": p.kernel, "strides": p.stride, "pads": (*p.pad, *end)}
+    if not p.mask:
+        e.node("MaxPool", source, to=outputs[0], **attributes)
+        return
+    e.static(0, (2, 3), "the mask of max pooling")
+    indices = e.sheet.unique(f"{e.layer}/indices")
+    e.node("MaxPool", source, to=(outputs[0], indices), **attributes)
+    plane = e.node("Mod", indices, e.ints([e.in_shapes[0][2] * e.in_shapes[0][3]], "plane"))
+    e.node("Cast", plane, to=outputs[1], to_type="float32")
+
+
+def _average(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
+    """AVE: the divisor counts the padding, but not what a last window hangs over beyond it."""
+    k = p.window(hw)
+    need = [(n - 1) * s + one - h - pad for n, s, one, h, pad in zip(out, p.stride, k, hw, p.pad, strict=True)]
+    overhang = [end - pad for end, pad in zip(_end_pads(p, hw), p.pad, strict=True)]
+    fixed = not any(e.dynamic_in[0][2:])
+    hangs = any(one > pad for one, pad in zip(need, p.pad, strict=True)) if fixed else any(overhang)
+    attributes = {"kernel_shape": k, "strides": p.stride}
+    if not hangs:
+        ends = [max(0, min(one, pad)) for one, pad in zip(need, p.pad, strict=True)] if fixed else p.pad
+        e.node("AveragePool", e.inputs[0], to=e.outputs[0], pads=(*p.pad, *ends), count_include_pad=1, **attributes)
+        return
+    source = e.inputs[0]
+    if any(p.pad):
+        source = e.node("Pad", source, e.ints((0, 0, *p.pad, 0, 0, *p.pad), "pads"))
+    e.node("AveragePool", source, to=e.outputs[0], pads=(0, 0, *overhang), count_include_pad=0, **attributes)
+
+
+def _with_empty_windows(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
+    """Stride > kernel without pad: Caffe's last windows lie outside. MAX gives -FLT_MAX there, AVE 0 or 0/0."""
+    k = p.window(hw)
+    reach = [max(0, (n - 1) * s + kk - h) for n, s, kk, h in zip(out, p.stride, k, hw, strict=True)]
+    ends = e.ints((0, 0, 0, 0, 0, 0, *reach), "ends")
+    attributes = {"kernel_shape": k, "strides": p.stride}
+    if p.method == "MAX":
+        padded = e.node("Pad", e.inputs[0], ends, e.const(_LOWEST, "lowest"))
+        e.node("MaxPool", padded, to=e.outputs[0], **attributes)
+        if p.mask:
+            _mask_with_empty_windows(e, p, attributes, padded, (hw[0] + reach[0], hw[1] + reach[1]), hw)
+        return
+    padded = e.node("Pad", e.inputs[0], ends)
+    mean = e.node("AveragePool", padded, **attributes)
+    e.node("Mul", mean, e.const(_divisor_ratio(p, hw, out), "divisor"), to=e.outputs[0])
+
+
+def _divisor_ratio(p: PoolParams, hw: Pair, out: Pair) -> np.ndarray:
+    """k*k over Caffe's divisor for each window, (out_h, out_w); a divisor of 0 makes 0/0 of the empty sum."""
+    lengths = []
+    for n, s, k, h in zip(out, p.stride, p.window(hw), hw, strict=True):
+        starts = np.arange(n) * s
+        lengths.append(np.minimum(starts + k, h) - starts)
+    divisor = np.multiply.outer(*lengths).astype(np.float64)
+    k_h, k_w = p.window(hw)
+    with np.errstate(divide="ignore"):
+        return np.where(divisor == 0, np.nan, k_h * k_w / divisor)
+
+
+def _mask_with_empty_windows(e: Emitter, p: PoolParams, attributes: dict, padded: str, wide: Pair, hw: Pair) -> None:  # type: ignore[type-arg]
+    """The mask of a padded image, with indices counted in the image itself and -1 for an empty window."""
+    indices = e.sheet.unique(f"{e.layer}/indices")
+    e.node("MaxPool", padded, to=(e.sheet.unique(f"{e.layer}/values"), indices), **attributes)
+    plane = e.node("Mod", indices, e.ints([wide[0] * wide[1]], "plane"))
+    row = e.node("Div", plane, e.ints([wide[1]], "width"))
+    column = e.node("Mod", plane, e.ints([wide[1]], "width"))
+    inside = e.node("Add", e.node("Mul", row, e.ints([hw[1]], "image_width")), column)
+    number = e.node("Cast", inside, to_type="float32")
+    empty = e.node("Equal", e.outputs[0], e.const(_LOWEST, "lowest"))
+    e.node("Where", empty, e.const(-1.0, "none"), number, to=e.outputs[1])
+
+
+SPECS = {
+    "Pooling": LayerSpec(params=read, infer=_infer, onnx=_onnx, tops=(1, 2), understood=frozenset({"ceil_mode"}))
+}

@@ -1,0 +1,18 @@
+"""Softmax along an axis."""
+
+from __future__ import annotations
+
+from .emit import Emitter
+from .spec import LayerSpec, Shapes, canonical_axis
+
+
+def _infer(axis: int, bottoms: Shapes) -> Shapes:
+    canonical_axis(axis, len(bottoms[0]))
+    return (bottoms[0],)
+
+
+def _onnx(e: Emitter, axis: int) -> None:
+    e.node("Softmax", e.inputs[0], to=e.outputs[0], axis=canonical_axis(axis, len(e.in_shapes[0])))
+
+
+SPECS = {"Softmax": LayerSpec(params=lambda r: r["softmax_param"]["axis"], infer=_infer, onnx=_onnx)}

@@ -1,0 +1,385 @@
+"""Trained blobs by layer name, over a mapped ``.caffemodel`` or a ``.caffemodel.h5``.
+
+A caffemodel is walked, not parsed: each layer is a span of the map, its blobs are read-only float32
+views made when first asked for, and a layer nobody replaced is written back as the bytes it was.
+V2 ``layer``, V1 ``layers`` and V0 ``layers { layer }`` are read; shapes as BlobShape or the legacy
+num, channels, height, width; data packed, unpacked, in several runs, or as ``double_data``.
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import wire
+from .errors import CaffemodelError
+from .files import unreadable
+from .wire import BYTES, FIXED32, FIXED64, VARINT, WireError
+
+if TYPE_CHECKING:
+    import h5py
+
+Blobs = tuple[np.ndarray, ...]
+
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_LFS_MAGIC = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Field numbers of one generation of layer message inside NetParameter."""
+
+    name: str
+    field: int  # NetParameter -> layer
+    layer_name: int  # layer -> name
+    blobs: int  # layer -> blobs
+
+
+V2 = Dialect("V2", 100, 1, 7)
+V1 = Dialect("V1", 2, 4, 6)
+_V0_LAYER, _V0_NAME, _V0_BLOBS = 1, 1, 50
+_DATA, _SHAPE, _DOUBLE = 5, 7, 8
+_LEGACY_AXES = (1, 2, 3, 4)
+
+
+class Entry:
+    """One layer of a weight file: its name and its blobs."""
+
+    name: str
+
+    @property
+    def blobs(self) -> Blobs:
+        """The blobs, float32 and read-only."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NewEntry(Entry):
+    """A layer whose blobs were computed here; ``definition`` is its layer message without blobs."""
+
+    name: str
+    arrays: Blobs
+    definition: bytes = b""
+    dialect: Dialect = V2
+
+    @property
+    def blobs(self) -> Blobs:
+        return self.arrays
+
+    def write(self, file: IO[bytes]) -> None:
+        """Append the layer to a caffemodel, blob data streamed from the arrays."""
+        dialect = self.dialect
+        definition = self.definition or wire.encode_bytes(dialect.layer_name, self.name.encode())
+        blobs = [(_blob_head(array), np.ascontiguousarray(array, "<f4")) for array in self.arrays]
+        sizes = [len(head) + array.nbytes for head, array in blobs]
+        total = len(definition) + sum(len(wire.header(dialect.blobs, size)) + size for size in sizes)
+        file.write(wire.header(dialect.field, total) + definition)
+        for (head, array), size in zip(blobs, sizes, strict=True):
+            file.write(wire.header(dialect.blobs, size) + head)
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _blob_head(array: np.ndarray) -> bytes:
+    """A BlobProto up to the numbers themselves: BlobShape, then the tag and length of packed data."""
+    dims = b"".join(wire.encode_varint(dim) for dim in array.shape)
+    shape = wire.encode_bytes(1, dims) if dims else b""
+    return wire.encode_bytes(_SHAPE, shape) + wire.header(_DATA, 4 * array.size)
+
+
+@dataclass(frozen=True)
+class MappedEntry(Entry):
+    """A layer that stands in a mapped caffemodel, bytes [start, end) of it."""
+
+    name: str
+    buffer: mmap.mmap
+    start: int
+    end: int
+    blob_spans: tuple[tuple[int, int], ...]
+    path: str
+
+    @cached_property
+    def blobs(self) -> Blobs:
+        try:
+            return tuple(_read_blob(self.buffer, start, end) for start, end in self.blob_spans)
+        except (WireError, ValueError) as error:
+            raise CaffemodelError(str(error), path=self.path, layer=self.name) from error
+
+
+@dataclass(frozen=True)
+class Hdf5Entry(Entry):
+    """A layer of an open HDF5 weight file: group /data/<name>, data sets "0", "1", ..."""
+
+    name: str
+    datasets: tuple[h5py.Dataset, ...]
+
+    @cached_property
+    def blobs(self) -> Blobs:
+        return tuple(_frozen(np.asarray(dataset[()], np.float32)) for dataset in self.datasets)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Bytes [start, end) of a mapped caffemodel that are no layer with blobs; kept as they are."""
+
+    buffer: mmap.mmap
+    start: int
+    end: int
+
+
+Piece = Entry | Raw
+
+
+class Weights(Mapping[str, Blobs]):
+    """Layer name to blobs, in file order; layers without blobs do not appear.
+
+    Where a file names a layer twice, the last one counts, as in Caffe, which copies them in turn.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], *, path: str | None = None, dialect: Dialect = V2) -> None:
+        self.pieces = tuple(pieces)
+        self.path = path
+        self.dialect = dialect
+        self._entries = {piece.name: piece for piece in self.pieces if isinstance(piece, Entry)}
+
+    def __getitem__(self, name: str) -> Blobs:
+        return self._entries[name].blobs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def is_hdf5(self) -> bool:
+        """Whether the blobs come from an HDF5 file."""
+        return any(isinstance(piece, Hdf5Entry) for piece in self.pieces)
+
+    def replace(self, changes: Mapping[str, Iterable[NewEntry]]) -> Weights:
+        """The same weights with some layers replaced by others, in place, every occurrence once.
+
+        A name that is not in the file is appended at the end.
+        """
+        pieces: list[Piece] = []
+        left = dict(changes)
+        for piece in self.pieces:
+            if not isinstance(piece, Entry) or piece.name not in changes:
+                pieces.append(piece)
+            elif piece.name in left:
+                pieces.extend(self._in_dialect(left.pop(piece.name)))
+        for entries in left.values():
+            pieces.extend(self._in_dialect(entries))
+        return Weights(pieces, path=self.path, dialect=self.dialect)
+
+    def _in_dialect(self, entries: Iterable[NewEntry]) -> Iterator[NewEntry]:
+        return (replace(entry, dialect=self.dialect) for entry in entries)
+
+    def write_caffemodel(self, file: IO[bytes]) -> None:
+        """Write the binary form; neighbouring untouched pieces are copied as one span of bytes."""
+        run: tuple[Any, int, int] | None = None
+        for piece in self.pieces:
+            if isinstance(piece, MappedEntry | Raw):
+                if run is not None and run[0] is piece.buffer and run[2] == piece.start:
+                    run = (run[0], run[1], piece.end)
+                    continue
+                _write_span(file, run)
+                run = (piece.buffer, piece.start, piece.end)
+                continue
+            _write_span(file, run)
+            run = None
+            entry = piece if isinstance(piece, NewEntry) else NewEntry(piece.name, piece.blobs, dialect=self.dialect)
+            entry.write(file)
+        _write_span(file, run)
+
+    def write_hdf5(self, path: str | Path) -> None:
+        """Write Caffe's HDF5 form, /data/<layer>/<index>; a "/" in a name makes nested groups."""
+        import h5py
+
+        if self.is_hdf5 and self.path is not None and all(isinstance(piece, Hdf5Entry) for piece in self.pieces):
+            shutil.copyfile(self.path, path)
+            return
+        with h5py.File(path, "w") as file:
+            data = file.create_group("data")
+            for name, entry in self._entries.items():
+                group = data.require_group(name)
+                for index, array in enumerate(entry.blobs):
+                    group.create_dataset(str(index), data=np.ascontiguousarray(array, np.float32))
+
+
+def _write_span(file: IO[bytes], run: tuple[Any, int, int] | None) -> None:
+    if run is not None:
+        buffer, start, end = run
+        with memoryview(buffer) as view, view[start:end] as span:
+            file.write(span)
+
+
+def load(path: str | Path) -> Weights:
+    """Open a caffemodel or HDF5 weight file, told apart by their first bytes.
+
+    Raises CaffemodelError where the file is empty, a Git LFS pointer, truncated, no protobuf at all, or
+    holds no layer; FileError where it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            magic = file.read(len(_LFS_MAGIC))
+            if not magic:
+                raise CaffemodelError("the file is empty", path=path, hint="download it again")
+            if magic.startswith(_LFS_MAGIC):
+                hint = "fetch the file itself (git lfs pull)"
+                raise CaffemodelError("this is a Git LFS pointer, not the weights", path=path, hint=hint)
+            if magic.startswith(_HDF5_MAGIC):
+                return _load_hdf5(path)
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return _load_mapped(buffer, str(path))
+
+
+def _load_mapped(buffer: mmap.mmap, path: str) -> Weights:
+    pieces: list[Piece] = []
+    dialect = V2
+    layers = 0
+    try:
+        for field in wire.fields(buffer, 0, len(buffer)):
+            found = next((d for d in (V2, V1) if d.field == field.number and field.kind == BYTES), None)
+            if found is None:
+                pieces.append(Raw(buffer, field.start, field.end))
+                continue
+            dialect, layers = found, layers + 1
+            name, spans = _layer(buffer, field, found)
+            if spans:
+                pieces.append(MappedEntry(name, buffer, field.start, field.end, spans, path))
+            else:
+                pieces.append(Raw(buffer, field.start, field.end))
+    except (WireError, UnicodeDecodeError) as error:
+        raise CaffemodelError(_broken(buffer, layers, error), path=path, hint="download it again") from error
+    if not layers:
+        raise CaffemodelError("holds no layer; it is no caffemodel", path=path)
+    return Weights(pieces, path=path, dialect=dialect)
+
+
+def _broken(buffer: mmap.mmap, layers: int, error: Exception) -> str:
+    offset = getattr(error, "offset", 0)
+    if layers:
+        return f"truncated or damaged at byte {offset:,} of {len(buffer):,}, behind {layers} whole layers ({error})"
+    return f"no caffemodel, or one cut off in its first layer: at byte {offset:,} of {len(buffer):,}, {error}"
+
+
+def _layer(buffer: mmap.mmap, field: wire.WireField, dialect: Dialect) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Name and blob spans of one layer message, V0's nested form included."""
+    name = ""
+    spans: list[tuple[int, int]] = []
+    for inner in wire.fields(buffer, field.at, field.end):
+        if inner.kind != BYTES:
+            continue
+        if inner.number == dialect.layer_name:
+            name = buffer[inner.at : inner.end].decode()
+        elif inner.number == dialect.blobs:
+            spans.append((inner.at, inner.end))
+        elif dialect is V1 and inner.number == _V0_LAYER:
+            for old in wire.fields(buffer, inner.at, inner.end):
+                if old.number == _V0_NAME and old.kind == BYTES:
+                    name = buffer[old.at : old.end].decode()
+                elif old.number == _V0_BLOBS and old.kind == BYTES:
+                    spans.append((old.at, old.end))
+    return name, tuple(spans)
+
+
+def _read_blob(buffer: mmap.mmap, start: int, end: int) -> np.ndarray:
+    """One BlobProto as a read-only float32 array; a view of the map where its data is one packed run."""
+    legacy: dict[int, int] = {}
+    dims: list[int] = []
+    singles: list[np.ndarray] = []
+    doubles: list[np.ndarray] = []
+    position = start
+    while position < end:
+        field = next(wire.fields(buffer, position, end))
+        position = field.end
+        if field.number in _LEGACY_AXES and field.kind == VARINT:
+            legacy[field.number] = field.value
+        elif field.number == _SHAPE and field.kind == BYTES:
+            dims += _dims(buffer, field.at, field.end)
+        elif field.number == _DATA and field.kind == BYTES:
+            singles.append(_packed(buffer, field.at, field.end, "<f4"))
+        elif field.number == _DOUBLE and field.kind == BYTES:
+            doubles.append(_packed(buffer, field.at, field.end, "<f8"))
+        elif (field.number, field.kind) in ((_DATA, FIXED32), (_DOUBLE, FIXED64)):
+            run, position = _unpacked(buffer, field, end)
+            (singles if field.kind == FIXED32 else doubles).append(run)
+    shape = tuple(legacy.get(axis, 0) for axis in _LEGACY_AXES) if legacy else tuple(dims)
+    pieces = doubles or singles
+    data = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
+    if data.size != prod(shape):
+        text = " x ".join(map(str, shape)) or "a single number"
+        raise ValueError(f"a blob of shape {text} ({prod(shape):,}) holds {data.size:,} numbers")
+    return _frozen(data.astype(np.float32, copy=False).reshape(shape))
+
+
+def _packed(buffer: mmap.mmap, start: int, end: int, dtype: str) -> np.ndarray:
+    size = np.dtype(dtype).itemsize
+    if (end - start) % size:
+        raise ValueError(f"packed data of {end - start} bytes is no whole number of values")
+    return np.frombuffer(buffer, dtype, (end - start) // size, start)
+
+
+def _unpacked(buffer: mmap.mmap, first: wire.WireField, end: int) -> tuple[np.ndarray, int]:
+    """A run of single values, each behind the same tag, and the position behind the run."""
+    head = first.at - first.start
+    step = first.end - first.start
+    dtype = "<f4" if first.kind == FIXED32 else "<f8"
+    rows = np.frombuffer(buffer, np.uint8, (end - first.start) // step * step, first.start).reshape(-1, step)
+    other = np.flatnonzero((rows[:, :head] != rows[0, :head]).any(axis=1))
+    count = int(other[0]) if other.size else len(rows)
+    values = np.ascontiguousarray(rows[:count, head:]).view(dtype).reshape(-1)
+    return values, first.start + count * step
+
+
+def _dims(buffer: mmap.mmap, start: int, end: int) -> list[int]:
+    dims: list[int] = []
+    for field in wire.fields(buffer, start, end):
+        if field.number != 1:
+            continue
+        if field.kind == VARINT:
+            dims.append(field.value)
+        else:
+            position = field.at
+            while position < field.end:
+                value, position = wire.varint(buffer, position, field.end)
+                dims.append(value)
+    return dims
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def _load_hdf5(path: str | Path) -> Weights:
+    import h5py
+
+    try:
+        file = h5py.File(path, "r")
+        data = file.get("data")
+        found: dict[str, dict[int, h5py.Dataset]] = {}
+
+        def visit(name: str, item: object) -> None:
+            layer, _, index = name.rpartition("/")
+            if isinstance(item, h5py.Dataset) and layer and index.isdigit():
+                found.setdefault(layer, {})[int(index)] = item
+
+        if isinstance(data, h5py.Group):
+            data.visititems(visit)
+    except (OSError, RuntimeError) as error:
+        raise CaffemodelError(f"truncated or damaged HDF5 file ({error})", path=path) from error
+    if not found:
+        raise CaffemodelError("holds no layer under /data; it is no Caffe weight file", path=path)
+    entries = [Hdf5Entry(name, tuple(blobs[i] for i in sorted(blobs))) for name, blobs in found.items()]
+    return Weights(entries, path=str(path))

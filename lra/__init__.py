@@ -1,0 +1,1 @@
+"""Low-rank decompositions of convolutions and dense layers."""

@@ -1,0 +1,73 @@
+"""Spatial decomposition: a kh x kw convolution as a kh x 1 and a 1 x kw one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..decomposition import Geometry, Shape, StepShape
+from ..linalg import Array
+from .base import Scheme, SvdSpectrum, check_rank
+
+
+def max_rank(shape: Shape, group: int) -> int:
+    """Full rank, over all groups: ``group * min(in/group * kh, out/group * kw)``."""
+    out, depth, height, width = shape
+    return group * min(depth * height, out // group * width)
+
+
+def structure(shape: Shape, geometry: Geometry, rank: int) -> tuple[StepShape, ...]:
+    """Shapes of the chain ``_v`` (kh x 1), ``_h`` (1 x kw) at total rank `rank`.
+
+    The vertical step takes the vertical stride, pad and dilation, the horizontal step the others; exact at
+    zero-padded borders because ``_v`` has no bias.
+
+    MACs at stride 1, a position and group: ``rank/group * (in/group * kh + out/group * kw)``.
+
+    Raises:
+        ValueError: the rank is no positive multiple of the groups, or too large.
+    """
+    out, depth, height, width = shape
+    g = geometry.group
+    check_rank(rank, g, max_rank(shape, g))
+    (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.pad, geometry.dilation
+    return (
+        StepShape("_v", (rank, depth, height, 1), (sh, 1), (ph, 0), (dh, 1), g),
+        StepShape("_h", (out, rank // g, 1, width), (1, sw), (0, pw), (1, dw), g),
+    )
+
+
+def spectrum(weight: NDArray[Any], geometry: Geometry) -> SvdSpectrum:
+    """Factor a kh x kw convolution into a kh x 1 and a 1 x kw one, group by group.
+
+    ``W[o, i, h, w] ~ sum_r H[o, r, 0, w] V[r, i, h, 0]``, the best such sum in the Frobenius norm: the SVD of
+    the matrix ``A[(i, h), (w, o)]``, cut, with the square root of the singular values on both sides.
+
+    Args:
+        weight: (out, in/group, kh, kw).
+        geometry: of the layer.
+
+    Raises:
+        ValueError: a shape that fits no convolution of this geometry, or weights that are not finite.
+
+    Reference: Jaderberg et al. 2014, arXiv:1405.3866, scheme 2; closed form: Tai et al. 2016,
+    arXiv:1511.06067.
+    """
+    return SvdSpectrum(weight, geometry, structure, _unfold, _fold, balanced=True)
+
+
+def _unfold(kernel: Array) -> Array:
+    out, depth, height, width = kernel.shape
+    return kernel.transpose(1, 2, 3, 0).reshape(depth * height, width * out)  # (i·h, w·o)
+
+
+def _fold(left: Array, right: Array, shape: Shape) -> tuple[Array, Array]:
+    out, depth, height, width = shape
+    vertical = left.T.reshape(-1, depth, height, 1)  # (r, i, h, 1)
+    horizontal = right.reshape(-1, width, out).transpose(2, 0, 1)[:, :, np.newaxis]  # (o, r, 1, w)
+    return vertical, horizontal
+
+
+SPATIAL = Scheme("spatial", max_rank, structure, spectrum)
