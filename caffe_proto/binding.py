@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import WeightsError
 from .layers.spec import Arrays, Shape, Shapes, text
-from .shapes import Shaped
+from .shape_inference import Shaped
 from .weights import Weights
 
 _Key = tuple[object, int]

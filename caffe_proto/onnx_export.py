@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import binding, graph, shapes
+from . import binding, graph, shape_inference
 from .errors import Error, NetError, ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .layers.emit import Dynamic, Emitter, NodeRecord, Sheet
 from .layers.spec import Arrays, Shape
 from .model import Model
 from .net import nearest
-from .shapes import InputShapes, Shaped
+from .shape_inference import InputShapes, Shaped
 
 if TYPE_CHECKING:
     import onnx
@@ -57,7 +57,7 @@ class Export:
 def source_shapes(built: Graph, request: Request) -> dict[str, Shape]:
     """The shape of every source blob, the asked-for batch applied; raises where the file gives none."""
     given = dict(request.input_shapes or {})
-    shaped = shapes.infer(built, given, partial=True)
+    shaped = shape_inference.infer(built, given, partial=True)
     found: dict[str, Shape] = {}
     for value in built.sources:
         if value not in shaped.shapes:
@@ -77,7 +77,7 @@ def draw(model: Model, request: Request) -> Export:
         problem = built.nodes[index].problem
         if problem is not None:
             raise problem
-    shaped = shapes.infer(built, sources, partial=True)
+    shaped = shape_inference.infer(built, sources, partial=True)
     for index in sorted(needed & set(shaped.unknown)):
         raise shaped.unknown[index]
     dynamic = _dynamic(built, sources, shaped, needed, request)
@@ -128,7 +128,7 @@ def _dynamic(
         name: tuple(2 * dim if i in axes and (i == 0 or len(shape) == 4) else dim for i, dim in enumerate(shape))
         for name, shape in sources.items()
     }
-    other = shapes.infer(built, doubled, partial=True)
+    other = shape_inference.infer(built, doubled, partial=True)
     for index in sorted(needed & set(other.unknown)):
         what = "height and width" if request.dynamic_hw else "the batch"
         problem = other.unknown[index]

@@ -30,9 +30,9 @@ def drawn(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def _draw(segments: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
     """Ink segments (s, 2, 2) in n random ways: (n, 28, 28)."""
     points, members = np.unique(segments.reshape(-1, 2), axis=0, return_inverse=True)
-    moved = points - 0.5 + random.normal(0, 0.012, (n, *points.shape))
-    placed = moved @ _maps(n, random) + (SIZE - 1) / 2 + random.uniform(-1.5, 1.5, (n, 1, 2))
-    distance = _distances(placed[:, members.reshape(-1)].reshape(n, -1, 2, 2).astype(np.float32))
+    moved = points - 0.5 + random.normal(0, 0.035, (n, *points.shape))
+    placed = moved @ _maps(n, random) + (SIZE - 1) / 2 + random.uniform(-2, 2, (n, 1, 2))
+    distance = _distances(placed[:, members.reshape(-1)].reshape(n, *segments.shape).astype(np.float32))
     radius = random.uniform(1.0, 1.5, (n, 1)).astype(np.float32)
     gray = np.round(255 * np.clip(radius + 0.5 - distance, 0, 1))
     return np.reshape(gray / 256, (n, SIZE, SIZE))
@@ -40,9 +40,9 @@ def _draw(segments: np.ndarray, n: int, random: np.random.Generator) -> np.ndarr
 
 def _maps(n: int, random: np.random.Generator) -> np.ndarray:
     """Random maps (n, 2, 2) of row vectors from the unit square to pixels: scale, shear, rotation."""
-    angle = random.normal(0, np.radians(6), n)
-    shear = random.normal(0.08, 0.12, n)
-    wide, high = _HEIGHT * random.uniform(0.85, 1.05, (2, n))
+    angle = random.normal(0, np.radians(12), n)
+    shear = random.normal(0.08, 0.3, n)
+    wide, high = _HEIGHT * random.uniform(0.65, 1.05, (2, n))
     bend = np.stack([wide, np.zeros(n), -shear * high, high], axis=1).reshape(n, 2, 2)
     cos, sin = np.cos(angle), np.sin(angle)
     turned: np.ndarray = bend @ np.stack([cos, sin, -sin, cos], axis=1).reshape(n, 2, 2)

@@ -98,6 +98,21 @@ class Emitter:
         self.sheet.nodes.append(NodeRecord(op, name, tuple(inputs), outputs, attributes, self.layer))
         return outputs[0]
 
+    def cast(self, source: str, dtype: str) -> str:
+        """``source`` as ``dtype``: "float32", "int64" (as a C++ cast: towards 0) or "bool"."""
+        return self.node("Cast", source, to_type=dtype)
+
+    def sum(self, source: str, axes: Sequence[int] | None = None, *, keep: bool = False, to: str | None = None) -> str:
+        """The sum of ``source`` along ``axes``, of all of it by default."""
+        given = () if axes is None else (self.ints(axes, "axes"),)
+        return self.node("ReduceSum", source, *given, to=to, keepdims=int(keep))
+
+    def split(self, source: str, axis: int, parts: int) -> tuple[str, ...]:
+        """``source`` cut along ``axis`` into that many parts of size 1."""
+        names = tuple(self.sheet.unique(f"{self.layer}/{i}") for i in range(parts))
+        self.node("Split", source, self.ints([1] * parts, "parts"), to=names, axis=axis)
+        return names
+
     def static(self, index: int, axes: Sequence[int], what: str) -> None:
         """Raise UnsupportedError where one of those axes of input ``index`` varies at run time."""
         if any(self.dynamic_in[index][axis] for axis in axes):

@@ -109,7 +109,6 @@ def _onnx(e: Emitter, p: PoolParams) -> None:
     if p.kernel is None:
         _global(e, p)
     elif _has_empty_windows(p, hw, out_hw) or (may_be_empty and any(e.dynamic_in[0][2:])):
-        e.static(0, (2, 3), "pooling with windows outside the image (stride > kernel)")
         _with_empty_windows(e, p, hw, out_hw)
     elif p.method == "MAX":
         _max(e, p, e.inputs[0], _end_pads(p, hw), e.outputs)
@@ -161,44 +160,25 @@ def _average(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
 
 def _with_empty_windows(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
     """Stride > kernel without pad: Caffe's last windows lie outside. MAX gives -FLT_MAX there, AVE 0 or 0/0."""
-    k = p.window(hw)
-    reach = [max(0, (n - 1) * s + kk - h) for n, s, kk, h in zip(out, p.stride, k, hw, strict=True)]
-    ends = e.ints((0, 0, 0, 0, 0, 0, *reach), "ends")
-    attributes = {"kernel_shape": k, "strides": p.stride}
+    e.static(0, (2, 3), "pooling with windows outside the image (stride > kernel)")
+    inside = [-(-h // s) for h, s in zip(hw, p.stride, strict=True)]
+    missing = e.ints((0, 0, 0, 0, 0, 0, *(max(0, n - valid) for n, valid in zip(out, inside, strict=True))), "outside")
     if p.method == "MAX":
-        padded = e.node("Pad", e.inputs[0], ends, e.const(_LOWEST, "lowest"))
-        e.node("MaxPool", padded, to=e.outputs[0], **attributes)
-        if p.mask:
-            _mask_with_empty_windows(e, p, attributes, padded, (hw[0] + reach[0], hw[1] + reach[1]), hw)
+        tops = tuple(e.sheet.unique(f"{e.layer}/inside") for _ in e.outputs)
+        _max(e, p, e.inputs[0], _end_pads(p, hw), tops)
+        for top, fill, to in zip(tops, (_LOWEST, -1.0), e.outputs, strict=False):
+            e.node("Pad", top, missing, e.const(fill, "fill"), to=to)
         return
-    padded = e.node("Pad", e.inputs[0], ends)
-    mean = e.node("AveragePool", padded, **attributes)
-    e.node("Mul", mean, e.const(_divisor_ratio(p, hw, out), "divisor"), to=e.outputs[0])
+    attributes = {"kernel_shape": p.kernel, "strides": p.stride, "pads": (0, 0, *_end_pads(p, hw))}
+    mean = e.node("AveragePool", e.inputs[0], count_include_pad=0, **attributes)
+    padded = e.node("Pad", mean, missing)
+    e.node("Add", padded, e.const(_nothing_over_nothing(p, hw, out), "nan"), to=e.outputs[0])
 
 
-def _divisor_ratio(p: PoolParams, hw: Pair, out: Pair) -> np.ndarray:
-    """k*k over Caffe's divisor for each window, (out_h, out_w); a divisor of 0 makes 0/0 of the empty sum."""
-    lengths = []
-    for n, s, k, h in zip(out, p.stride, p.window(hw), hw, strict=True):
-        starts = np.arange(n) * s
-        lengths.append(np.minimum(starts + k, h) - starts)
-    divisor = np.multiply.outer(*lengths).astype(np.float64)
-    k_h, k_w = p.window(hw)
-    with np.errstate(divide="ignore"):
-        return np.where(divisor == 0, np.nan, k_h * k_w / divisor)
-
-
-def _mask_with_empty_windows(e: Emitter, p: PoolParams, attributes: dict, padded: str, wide: Pair, hw: Pair) -> None:  # type: ignore[type-arg]
-    """The mask of a padded image, with indices counted in the image itself and -1 for an empty window."""
-    indices = e.sheet.unique(f"{e.layer}/indices")
-    e.node("MaxPool", padded, to=(e.sheet.unique(f"{e.layer}/values"), indices), **attributes)
-    plane = e.node("Mod", indices, e.ints([wide[0] * wide[1]], "plane"))
-    row = e.node("Div", plane, e.ints([wide[1]], "width"))
-    column = e.node("Mod", plane, e.ints([wide[1]], "width"))
-    inside = e.node("Add", e.node("Mul", row, e.ints([hw[1]], "image_width")), column)
-    number = e.node("Cast", inside, to_type="float32")
-    empty = e.node("Equal", e.outputs[0], e.const(_LOWEST, "lowest"))
-    e.node("Where", empty, e.const(-1.0, "none"), number, to=e.outputs[1])
+def _nothing_over_nothing(p: PoolParams, hw: Pair, out: Pair) -> np.ndarray:
+    """(out_h, out_w): NaN where Caffe's divisor is 0, a window that starts exactly where the image ends, else 0."""
+    ends = [np.arange(n) * s == h for n, s, h in zip(out, p.stride, hw, strict=True)]
+    return np.where(np.logical_or.outer(*ends), np.float32(np.nan), np.float32(0))
 
 
 SPECS = {

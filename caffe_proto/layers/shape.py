@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -180,8 +179,11 @@ def _crop(e: Emitter, p: CropParams) -> None:
 
 @dataclass(frozen=True)
 class EltwiseParams:
+    """One coeff a bottom, or none. ``in_place``: Caffe clears the top before it reads, so bottom 0 is lost."""
+
     operation: str
     coeff: tuple[float, ...]
+    in_place: bool
 
 
 def _read_eltwise(request: Request) -> EltwiseParams:
@@ -191,7 +193,8 @@ def _read_eltwise(request: Request) -> EltwiseParams:
         raise NetError(f"{len(coeff)} coeff for {request.n_bottoms} bottoms; one each is needed", line=p.line("coeff"))
     if coeff and operation == "PROD":
         raise NetError("a product takes no coeff", line=p.line("coeff"))
-    return EltwiseParams(operation, coeff)
+    in_place = request.layer.tops[0] == request.layer.bottoms[0]
+    return EltwiseParams(operation, coeff, in_place and operation != "PROD")
 
 
 def _eltwise_infer(_p: EltwiseParams, bottoms: Shapes) -> Shapes:
@@ -203,18 +206,20 @@ def _eltwise_infer(_p: EltwiseParams, bottoms: Shapes) -> Shapes:
 
 def _eltwise(e: Emitter, p: EltwiseParams) -> None:
     """PROD; SUM with one coeff a bottom; MAX, for which Caffe reads coeff and ignores it."""
-    if p.operation == "MAX":
-        e.node("Max", *e.inputs, to=e.outputs[0])
-        return
     names = list(e.inputs)
     if p.operation == "SUM":
         for i, coeff in enumerate(p.coeff):
             if coeff != 1:
                 names[i] = e.node("Mul", names[i], e.const(coeff, "coeff"))
-    op = "Mul" if p.operation == "PROD" else "Add"
-    last = names.pop()
-    start: Callable[[str, str], str] = lambda a, b: e.node(op, a, b)  # noqa: E731
-    e.node(op, reduce(start, names), last, to=e.outputs[0])
+    names = names[1:] if p.in_place else names
+    if len(names) == 1:
+        e.node("Identity", names[0], to=e.outputs[0])
+    elif p.operation == "MAX":
+        e.node("Max", *names, to=e.outputs[0])
+    else:
+        op = "Mul" if p.operation == "PROD" else "Add"
+        total = reduce(lambda a, b: e.node(op, a, b), names[:-1])
+        e.node(op, total, names[-1], to=e.outputs[0])
 
 
 def _view_infer(_params: None, bottoms: Shapes) -> Shapes:

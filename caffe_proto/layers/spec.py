@@ -84,8 +84,9 @@ class LayerSpec:
 
     ``bottoms`` and ``tops`` bound their counts (an upper bound of None: any number). ``aliases`` says that
     the tops share the memory of the first bottom, as Caffe's Split, Flatten and Reshape do. ``source`` says
-    that the tops are fed from outside. ``blobs`` gives the shapes a caffemodel must hold. ``affine`` gives
-    (scale, shift), float64 of (channels,) each, where the layer is x*scale + shift along axis 1, else None.
+    that the tops are fed from outside, ``loss`` that Caffe adds an unnamed top and a loss_weight of 1 where the
+    net gives none. ``blobs`` gives the shapes a caffemodel must hold. ``affine`` gives (scale, shift), float64
+    of (channels,) each, where the layer is x*scale + shift along axis 1, else None.
     """
 
     infer: Callable[[Any, Shapes], Shapes]
@@ -100,6 +101,7 @@ class LayerSpec:
     understood: frozenset[str] = frozenset()
     aliases: bool = False
     source: bool = False
+    loss: bool = False
 
 
 def same(_params: Any, bottoms: Shapes) -> Shapes:
@@ -113,6 +115,19 @@ def canonical_axis(axis: int, ndim: int, *, inclusive: bool = False) -> int:
     if not -limit <= axis < limit:
         raise ShapeError(f"axis {axis} is out of range for a blob of {ndim} axes")
     return axis + limit if axis < 0 else axis
+
+
+def legacy(shape: Shape) -> tuple[int, int, int, int]:
+    """(num, channels, height, width), 1 where there is no such axis; raises ShapeError above four axes."""
+    if len(shape) > 4:
+        raise ShapeError(f"takes at most 4 axes, found {text(shape)}")
+    num, channels, height, width = (*shape, 1, 1, 1, 1)[:4]
+    return num, channels, height, width
+
+
+def around(shape: Shape, axis: int) -> Shape:
+    """(before, at, behind): the shape seen as three axes, ``axis`` in the middle."""
+    return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
 
 
 def text(shape: Sequence[int]) -> str:

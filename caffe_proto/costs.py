@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .layers.spec import Shape, Shapes, size
-from .shapes import Shaped
+from .shape_inference import Shaped
 
 
 @dataclass(frozen=True)

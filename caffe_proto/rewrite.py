@@ -1,0 +1,187 @@
+"""The one place where a net is changed: layers replaced in the text and in the weights, together.
+
+An edit says what shall stand in the place of a layer. The new blocks are edited copies of the old one, so
+the file's manner, phase rules, fillers, ``param`` blocks and unknown fields carry over; everything outside
+stays byte for byte. Blobs keep their names: the last new layer writes the old tops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import schema, text
+from .blocks import Block
+from .errors import NetError
+from .model import Model
+from .net import V1_TYPES, Layer, Net
+from .text import Edit, Message, Scalar, quote
+from .weights import Blobs, NewEntry
+
+Settings = Mapping[str, Sequence[str]]  # field -> literal values; none removes the field
+
+_V1_LISTS = ("blobs_lr", "weight_decay", "param", "blob_share_mode")
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """One layer of a replacement, as changes to a copy of the replaced one.
+
+    ``block`` is the parameter block (``convolution_param``) whose ``settings`` change. ``params`` says how
+    many learnt blobs keep their ``param`` settings. ``rename_weight`` goes behind the name that the weight is
+    shared by, so that sharing still means the same. ``keep_force``: whether Wen's force_mult stays.
+    ``freeze_bias``: the bias is there but gets lr_mult 0. Without ``blobs`` the weights are left alone.
+    """
+
+    name: str
+    bottoms: tuple[str, ...]
+    tops: tuple[str, ...]
+    block: str
+    settings: Settings
+    blobs: Blobs | None
+    params: int
+    rename_weight: str = ""
+    keep_force: bool = True
+    freeze_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Put new layers, in order, in the place of every block named ``layer``."""
+
+    layer: str
+    new: tuple[NewLayer, ...]
+
+
+@dataclass(frozen=True)
+class Namer:
+    """Names for new layers and blobs that nothing in the net or its weights has yet."""
+
+    taken: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, model: Model) -> Namer:
+        """A namer that knows every layer, blob and stored layer of a model."""
+        taken = {layer.name for layer in model.net.all_layers}
+        taken |= {top for layer in model.net.all_layers for top in layer.tops}
+        return cls(taken | set(model.weights or ()))
+
+    def unique(self, wanted: str) -> str:
+        """The wanted name, or with a number behind it where it is taken; then taken itself."""
+        name, count = wanted, 1
+        while name in self.taken:
+            count += 1
+            name = f"{wanted}_{count}"
+        self.taken.add(name)
+        return name
+
+
+def apply(model: Model, edits: Sequence[Replace]) -> Model:
+    """The model with its layers replaced; weights are replaced where the model has any.
+
+    Raises NetError where a layer to replace does not exist.
+    """
+    net = model.net
+    changes: list[Edit] = []
+    for edit in edits:
+        blocks = [layer for layer in net.all_layers if layer.name == edit.layer]
+        if not blocks:
+            raise NetError(f'there is no layer "{edit.layer}"', path=net.path)
+        changes += [Edit(*layer.span, _join(net, layer, edit.new)) for layer in blocks]
+    document = text.parse(text.splice(net.text, changes), net.path)
+    changed = replace(net, document=document)
+    weights = model.weights
+    if weights is not None:
+        written = {layer.name: layer for layer in changed.all_layers}
+        v1 = weights.dialect.name == "V1"
+        stored = {
+            edit.layer: [NewEntry(new.name, new.blobs, definition(written[new.name], new.block, v1)) for new in edit.new if new.blobs]
+            for edit in edits
+        }
+        weights = weights.replace(stored)
+    return replace(model, net=changed, weights=weights)
+
+
+def _join(net: Net, layer: Layer, new: Sequence[NewLayer]) -> str:
+    """The new blocks, apart as the file's own layers are: on lines of their own, or in one line."""
+    start, end = layer.span
+    line_start = net.text.rfind("\n", 0, start) + 1
+    indent = net.text[line_start:start]
+    newline = "\r\n" if "\r\n" in net.text else "\n"
+    between = newline + indent if not indent.strip() else " "
+    return between.join(_copy(layer, one, start, end) for one in new)
+
+
+def _copy(layer: Layer, new: NewLayer, start: int, end: int) -> str:
+    block = Block(layer.document, start, end)
+    message = layer.message
+    block.set(message, "name", [quote(new.name)])
+    block.set(message, "bottom", [quote(name) for name in new.bottoms])
+    block.set(message, "top", [quote(name) for name in new.tops])
+    _param_settings(block, layer, new)
+    inner = message.last(new.block)
+    if inner is None or not isinstance(inner.value, Message):
+        raise NetError(f"has no {new.block}", line=layer.line, layer=layer.name)
+    for name, values in sorted(new.settings.items(), key=lambda item: bool(item[1])):  # removals first
+        after = ("num_output", "kernel_size", "kernel_h", "kernel_w", "pad", "pad_h", "pad_w", "stride", "stride_h")
+        block.set(inner.value, name, values, after)
+    return block.text()
+
+
+def _param_settings(block: Block, layer: Layer, new: NewLayer) -> None:
+    if layer.dialect == "V2":
+        _param_blocks(block, layer, new)
+    else:
+        _param_lists(block, layer, new)
+
+
+def _param_blocks(block: Block, layer: Layer, new: NewLayer) -> None:
+    """V2: one ``param { }`` a blob."""
+    specs = list(layer.message.all("param"))
+    for spec in specs[new.params :]:
+        block.remove(spec)
+    for i, spec in enumerate(specs[: new.params]):
+        if not isinstance(spec.value, Message):
+            continue
+        if i == 0 and layer.param_specs[0].name and new.rename_weight:
+            block.set(spec.value, "name", [quote(layer.param_specs[0].name + new.rename_weight)])
+        if i == 1 and new.freeze_bias:
+            block.set(spec.value, "lr_mult", ["0"])
+        if not new.keep_force:
+            block.set(spec.value, "force_mult", [])
+    if new.freeze_bias and len(specs) < 2:
+        missing = ["param { lr_mult: 1 }", "param { lr_mult: 0 }"][len(specs) :]
+        block.add(layer.message, missing, ("param",) if specs else ("top",))
+
+
+def _param_lists(block: Block, layer: Layer, new: NewLayer) -> None:
+    """V1: ``blobs_lr`` and its companions, one value a blob."""
+    for name in _V1_LISTS:
+        values = [field.value.text for field in layer.message.all(name) if isinstance(field.value, Scalar)]
+        if name == "param" and values and new.rename_weight:
+            values[0] = quote(layer.param_specs[0].name + new.rename_weight)
+        if name == "blobs_lr" and new.freeze_bias:
+            values = [*(values or ["1"]), "0"][:1] + ["0"]
+        block.set(layer.message, name, values[: new.params], ("top",))
+
+
+def definition(layer: Layer, block: str, v1: bool) -> bytes:
+    """A layer without its blobs, as a caffemodel embeds it: name, type, bottoms, tops and parameter block."""
+    from google.protobuf import text_format
+
+    made: Any = schema.message_class("V1LayerParameter" if v1 else "LayerParameter")()
+    made.name = layer.name
+    made.bottom.extend(layer.bottoms)
+    made.top.extend(layer.tops)
+    if v1:
+        enumerator = next(name for name, kind in V1_TYPES.items() if kind == layer.type)
+        made.type = schema.enum_values("V1LayerParameter.LayerType")[enumerator]
+    else:
+        made.type = layer.type
+    inner = layer.message.last(block)
+    if inner is not None and isinstance(inner.value, Message):
+        source = layer.document.text[inner.value.start : inner.value.end]
+        pool = made.DESCRIPTOR.file.pool
+        text_format.Parse(source, getattr(made, block), allow_unknown_field=True, descriptor_pool=pool)
+    return bytes(made.SerializeToString(deterministic=True))

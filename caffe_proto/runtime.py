@@ -1,0 +1,187 @@
+"""onnxruntime under a Caffe net: forward passes by blob name, and latencies side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+
+from . import graph
+from .errors import ShapeError, UsageError
+from .layers.spec import text
+from .model import Model
+from .net import nearest
+from .onnx_export import Request, draw, source_shapes, to_onnx
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How onnxruntime shall run: threads (0: all), provider, and whether workers spin between runs."""
+
+    threads: int = 0
+    provider: str = "cpu"
+    spin: bool = True
+    profile: bool = False
+
+
+def options(engine: Engine) -> onnxruntime.SessionOptions:
+    """onnxruntime's options for an engine; denormal numbers count as zero, or a few slow whole nets."""
+    made = onnxruntime.SessionOptions()
+    made.intra_op_num_threads = engine.threads
+    made.inter_op_num_threads = 1
+    made.log_severity_level = 3
+    made.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if not engine.spin:
+        made.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        made.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    made.enable_profiling = engine.profile
+    return made
+
+
+def open_onnx(source: bytes | str, engine: Engine, profile_prefix: str | None = None) -> onnxruntime.InferenceSession:
+    """A session over ONNX bytes or an ONNX file; raises UsageError where the provider is not active."""
+    name = PROVIDERS.get(engine.provider)
+    if name is None:
+        raise UsageError(f'there is no provider "{engine.provider}"', hint="use " + " or ".join(PROVIDERS))
+    if name not in onnxruntime.get_available_providers():
+        have = ", ".join(onnxruntime.get_available_providers())
+        raise UsageError(f"this onnxruntime has no {name}", hint=f"it has {have}")
+    made = options(engine)
+    if profile_prefix is not None:
+        made.profile_file_prefix = profile_prefix
+    opened = onnxruntime.InferenceSession(source, made, providers=[name])
+    if opened.get_providers()[0] != name:
+        raise UsageError(f"onnxruntime did not activate {name}, it would silently run on the CPU")
+    return opened
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """One onnxruntime session, for one set of input shapes."""
+
+    ort: onnxruntime.InferenceSession
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+class Session:
+    """Forward passes of one model. A context manager; compiled once for each set of input shapes."""
+
+    def __init__(self, model: Model, request: Request, blobs: Literal["all"] | Iterable[str] | None, engine: Engine) -> None:
+        self.model = model
+        self.engine = engine
+        self.graph = graph.build(model.net)
+        self.sources = {self.graph.blob(value): value for value in self.graph.sources}
+        names = tuple(self.graph.final) if blobs == "all" else None if blobs is None else tuple(blobs)
+        self.request = replace(request, outputs=names)
+        self._compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], _Compiled] = {}
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._compiled.clear()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The blobs to feed."""
+        return tuple(self.sources)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Blob name -> float32 array, for the asked-for blobs; the shapes of ``feeds`` reshape the net.
+
+        Raises UsageError where an input is missing or unknown, ShapeError where a shape does not fit.
+        """
+        arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in feeds.items()}
+        for name in arrays:
+            if name not in self.sources:
+                raise UsageError(f'"{name}" is no input of the net', hint=nearest(name, list(self.sources)))
+        key = tuple(sorted((name, array.shape) for name, array in arrays.items()))
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._compiled[key] = self._compile(arrays)
+        missing = [name for name in compiled.inputs if name not in arrays]
+        if missing:
+            raise UsageError(f'the input "{missing[0]}" is not given', hint="give every input of the net")
+        results: dict[str, np.ndarray] = {}
+        if compiled.ort is not None and compiled.outputs:
+            names = list(compiled.outputs.values())
+            made = compiled.ort.run(names, {compiled.inputs[name]: arrays[name] for name in compiled.inputs})
+            results = dict(zip(compiled.outputs, made, strict=True))
+        order = self.request.outputs or tuple(compiled.outputs)
+        return {name: results[name] if name in results else arrays[name].copy() for name in order}
+
+    def _compile(self, arrays: dict[str, np.ndarray]) -> _Compiled:
+        shapes = {**(self.request.input_shapes or {}), **{name: array.shape for name, array in arrays.items()}}
+        self._check_axes(arrays)
+        names = self.request.outputs
+        if names is not None:  # a source that nobody rewrote is its own output
+            names = tuple(name for name in names if self.graph.final.get(name) not in set(self.graph.sources))
+        export = draw(self.model, replace(self.request, input_shapes=shapes, outputs=names, batch=None))
+        if not export.outputs:
+            return _Compiled(None, {name: name for name in self.sources if name in arrays}, {})
+        return _Compiled(open_onnx(to_onnx(export).SerializeToString(), self.engine), export.inputs, export.outputs)
+
+    def _check_axes(self, arrays: dict[str, np.ndarray]) -> None:
+        """A clear word where an array has another number of axes than the net declares."""
+        try:
+            declared = source_shapes(self.graph, replace(self.request, batch=None))
+        except ShapeError:
+            return
+        for name, array in arrays.items():
+            if array.ndim != len(declared[name]):
+                raise ShapeError(f'input "{name}" has shape {text(array.shape)}, the net declares {text(declared[name])}')
+
+
+def session(
+    model: Model,
+    blobs: Literal["all"] | Iterable[str] | None = None,
+    *,
+    threads: int = 0,
+    provider: str = "cpu",
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    random_seed: int | None = None,
+) -> Session:
+    """Open a model for forward passes: ``blobs`` to give out, None for the net's outputs, or "all".
+
+    ``random_seed`` runs a net without weights on random ones.
+    """
+    request = Request(input_shapes=input_shapes, random_seed=random_seed)
+    return Session(model, request, blobs, Engine(threads, provider))
+
+
+def random_feeds(model: Model, request: Request, seed: int = 0) -> dict[str, np.ndarray]:
+    """Uniform random input in [-1, 1) for every source blob of the net's own shapes."""
+    rng = np.random.default_rng(seed)
+    built = graph.build(model.net)
+    shapes = source_shapes(built, request)
+    return {name: rng.uniform(-1, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def error(value: np.ndarray, reference: np.ndarray) -> float:
+    """max |value - reference| / max |reference|: 0 where both agree, NaN places and infinities included.
+
+    A shape that differs, or a NaN on one side only, is an infinite error.
+    """
+    if value.shape != reference.shape:
+        return float("inf")
+    same = (value == reference) | (np.isnan(value) & np.isnan(reference))
+    if same.all():
+        return 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.abs(value.astype(np.float64) - reference.astype(np.float64))
+    finite = np.abs(reference[np.isfinite(reference)].astype(np.float64))
+    worst = difference[~same].max()
+    scale: Any = finite.max() if finite.size else 0.0
+    if not np.isfinite(worst):
+        return float("inf")
+    return float(worst / scale) if scale else float("inf")

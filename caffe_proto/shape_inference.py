@@ -1,0 +1,93 @@
+"""Blob shapes: one pass over the graph, calling the ``infer`` column of the layer table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import Error, ShapeError, UsageError
+from .graph import Graph, Node, Value
+from .layers.spec import Shape, Shapes
+from .net import nearest
+
+InputShapes = Mapping[str, Shape]
+
+
+@dataclass(frozen=True, eq=False)
+class Shaped:
+    """A graph with the shape of every value. ``unknown`` holds, by node, why shapes are missing (partial only)."""
+
+    graph: Graph
+    shapes: dict[Value, Shape]
+    unknown: dict[int, Error]
+
+    def bottoms(self, index: int) -> Shapes:
+        """The shapes a node reads."""
+        return tuple(self.shapes[value] for value in self.graph.nodes[index].inputs)
+
+    def tops(self, index: int) -> Shapes:
+        """The shapes a node writes."""
+        return tuple(self.shapes[Value(index, top)] for top in range(len(self.graph.nodes[index].layer.tops)))
+
+    def blobs(self, index: int) -> Shapes:
+        """The shapes of the blobs a node learns."""
+        node = self.graph.nodes[index]
+        return node.spec.blobs(node.params, self.bottoms(index)) if node.spec else ()
+
+    def by_blob(self) -> dict[str, Shape]:
+        """The shape each blob has at the end."""
+        return {name: self.shapes[value] for name, value in self.graph.final.items() if value in self.shapes}
+
+
+def infer(graph: Graph, inputs: InputShapes | None = None, *, partial: bool = False) -> Shaped:
+    """Shapes of all values; ``inputs`` overrides or supplies those of source blobs.
+
+    Raises the error of the first layer that real Caffe would refuse or that is not understood, with file,
+    line and layer. With ``partial`` such layers, and what depends on them, are left without shapes.
+    """
+    given = dict(inputs or {})
+    sources = {graph.blob(value) for value in graph.sources}
+    for name in given:
+        if name not in sources:
+            raise UsageError(f'"{name}" is no input of the net', hint=nearest(name, sorted(sources)))
+    shaped = Shaped(graph, {}, {})
+    for index, node in enumerate(graph.nodes):
+        try:
+            tops = _tops(shaped, index, node, given)
+        except Error as error:
+            error.at(path=graph.path, line=node.layer.line, layer=node.name)
+            if not partial:
+                raise
+            shaped.unknown[index] = error
+            continue
+        shaped.shapes.update({Value(index, top): shape for top, shape in enumerate(tops)})
+    return shaped
+
+
+def _tops(shaped: Shaped, index: int, node: Node, given: dict[str, Shape]) -> Shapes:
+    if node.problem is not None:
+        raise node.problem
+    assert node.spec is not None
+    for value in node.inputs:
+        if value not in shaped.shapes:
+            raise ShapeError(f'the shape of bottom "{shaped.graph.blob(value)}" is not known')
+    names = node.layer.tops
+    if node.spec.source and all(name in given for name in names):
+        return tuple(tuple(given[name]) for name in names)
+    if node.spec.source and any(name in given for name in names):
+        own = _own_source_shapes(node)
+        return tuple(tuple(given[name]) if name in given else shape for name, shape in zip(names, own, strict=True))
+    bottoms = shaped.bottoms(index)
+    tops = node.spec.infer(node.params, bottoms)
+    learnt = node.spec.blobs(node.params, bottoms)
+    if len(node.layer.param_specs) > len(learnt):
+        raise ShapeError(f"has {len(node.layer.param_specs)} param blocks for {len(learnt)} learnt blobs")
+    return tops
+
+
+def _own_source_shapes(node: Node) -> Shapes:
+    assert node.spec is not None
+    try:
+        return node.spec.infer(node.params, ())
+    except ShapeError as error:
+        raise ShapeError(error.message, hint="give the shape of every top with --input-shape") from None

@@ -1,0 +1,126 @@
+"""Changing: a plan and a model in, the decomposed model out, with what was measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from caffe_proto.costs import cost as count
+from caffe_proto.errors import PlanError, UsageError
+from caffe_proto.graph import build
+from caffe_proto.model import Model
+from caffe_proto.net import nearest
+from caffe_proto.rewrite import Namer, Replace
+from caffe_proto.rewrite import apply as rewrite
+from caffe_proto.shape_inference import InputShapes, infer
+
+from .plan import LayerPlan, Plan
+from .schemes import SCHEMES
+from .styles import STYLES, new_layers
+from .targets import Found, Spectra, Target, find
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decomposed layer: MACs before and after, and ``||W - W'|| / ||W||`` (None without weights)."""
+
+    name: str
+    scheme: str
+    ranks: tuple[int, ...]
+    full_rank: int
+    macs: tuple[int, int]
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a net: rows, totals before and after, layers kept with the reason."""
+
+    rows: tuple[Row, ...]
+    macs: tuple[int, int]
+    conv_macs: tuple[int, int]
+    params: tuple[int, int]
+    kept: dict[str, str]
+
+
+def apply(
+    plan: Plan,
+    model: Model,
+    *,
+    force: bool = False,
+    input_shapes: InputShapes | None = None,
+    found: Found | None = None,
+    spectra: Spectra | None = None,
+) -> tuple[Model, Report]:
+    """Rewrite a model by a plan: the same plan and files give the same bytes.
+
+    Raises PlanError where the plan was made for other files (unless ``force``) or names layers that the net
+    lacks, UsageError on a rank a layer cannot have.
+    """
+    plan.check(model, force=force)
+    found = found or find(model, input_shapes)
+    spectra = spectra or Spectra(found)
+    style = STYLES[str(plan.target.get("style", "default"))]
+    namer = Namer.of(model)
+    edits: list[Replace] = []
+    errors: dict[str, float | None] = {}
+    for name, entry in plan.layers.items():
+        target = _target(found, name)
+        steps, errors[name] = _steps(found, spectra, target, entry)
+        layer = found.shaped.graph.nodes[target.index].layer
+        edits.append(Replace(name, new_layers(layer, target, steps, style, namer)))
+    changed = rewrite(model, edits)
+    return changed, _report(plan, found, changed, edits, errors, input_shapes)
+
+
+def _target(found: Found, name: str) -> Target:
+    if name in found.targets:
+        return found.targets[name]
+    if name in found.refused:
+        raise PlanError(f"cannot be decomposed: {found.refused[name]}", path=found.model.net.path, layer=name)
+    raise PlanError(
+        f'the plan names "{name}", which is no convolution or fully connected layer of the net',
+        path=found.model.net.path,
+        hint=nearest(name, list(found.targets)),
+    )
+
+
+def _steps(found: Found, spectra: Spectra, target: Target, entry: LayerPlan) -> tuple[tuple, float | None]:  # type: ignore[type-arg]
+    """The chain of a layer, with numbers where the model has weights, and its relative error."""
+    if entry.scheme not in SCHEMES or len(entry.ranks) != 1:
+        raise PlanError(f"{entry.scheme!r} with ranks {list(entry.ranks)} is no scheme of this program", layer=target.name)
+    scheme, (rank,) = SCHEMES[entry.scheme], entry.ranks
+    try:
+        if target.index not in found.blobs:
+            return scheme.structure(target.shape, target.geometry, rank), None
+        blobs = found.blobs[target.index]
+        chain = spectra.get(target, scheme).factor(rank, blobs[1] if len(blobs) > 1 else None)
+    except ValueError as error:
+        raise UsageError(str(error), path=found.model.net.path, layer=target.name) from None
+    return chain.steps, chain.error(target.kernel(blobs[0]))
+
+
+def _report(
+    plan: Plan,
+    found: Found,
+    changed: Model,
+    edits: Iterable[Replace],
+    errors: dict[str, float | None],
+    inputs: InputShapes | None,
+) -> Report:
+    before = count(found.shaped)
+    after = count(infer(build(changed.net), inputs, partial=True))
+    macs = after.by_layer
+    rows = []
+    for edit in edits:
+        entry, target = plan.layers[edit.layer], found.targets[edit.layer]
+        full = SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
+        made = sum(macs[new.name].macs for new in edit.new)
+        rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, (before.by_layer[edit.layer].macs, made), errors[edit.layer]))
+    return Report(
+        tuple(rows),
+        (before.macs, after.macs),
+        (before.conv_macs, after.conv_macs),
+        (before.params, after.params),
+        dict(plan.kept),
+    )

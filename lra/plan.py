@@ -1,0 +1,77 @@
+"""What a decomposition plan says of one layer: the scheme and its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from caffe_proto.errors import PlanError
+from caffe_proto.plan import BasePlan, read_json
+
+from .schemes import SCHEMES
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Scheme and ranks of one layer, with the MACs before and after and the error that were predicted.
+
+    ``scheme`` is "" in the short form ``{"conv3": 150}``, which says only the rank.
+    """
+
+    scheme: str
+    ranks: tuple[int, ...]
+    macs: tuple[int, int] | None = None
+    error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON object."""
+        found: dict[str, Any] = {"scheme": self.scheme, "ranks": list(self.ranks)}
+        if self.macs is not None:
+            found["macs"] = list(self.macs)
+        if self.error is not None:
+            found["error"] = self.error
+        return found
+
+    @classmethod
+    def from_dict(cls, name: str, value: Any) -> LayerPlan:
+        """From a rank, or an object with "scheme" and "rank" or "ranks"; raises PlanError where it is neither."""
+        if _is_rank(value):
+            return cls("", (value,))
+        if not isinstance(value, Mapping):
+            raise PlanError(f"{value!r} is no rank", layer=name, hint='write "conv1": 24 or {"scheme": "spatial", "rank": 24}')
+        known = {"scheme", "rank", "ranks", "macs", "error"}
+        for key in value:
+            if key not in known:
+                raise PlanError(f'unknown key "{key}"', layer=name, hint="known: " + ", ".join(sorted(known)))
+        ranks = value.get("ranks", [value["rank"]] if "rank" in value else [])
+        if not isinstance(ranks, list) or not ranks or not all(map(_is_rank, ranks)):
+            raise PlanError(f'"ranks" is {ranks!r}, a list of whole numbers is needed', layer=name)
+        scheme = value.get("scheme", "")
+        if scheme and scheme not in SCHEMES:
+            raise PlanError(f'there is no scheme "{scheme}"', layer=name, hint="known: " + ", ".join(SCHEMES))
+        macs = value.get("macs")
+        return cls(scheme, tuple(ranks), (int(macs[0]), int(macs[1])) if macs else None, value.get("error"))
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Plan(BasePlan[LayerPlan]):
+    """Ranks by layer name, in net order; see ``caffe_proto.plan``."""
+
+    @classmethod
+    def from_json(cls, source: str, path: object = None) -> Plan:
+        """Read a plan file, or the short form ``{"conv3": 150}``; raises PlanError in one line."""
+        value = read_json(source, path)
+        try:
+            if "layers" not in value:
+                return cls({name: LayerPlan.from_dict(name, one) for name, one in value.items()})
+            layers, kept, target = value["layers"], value.get("kept", {}), value.get("target", {})
+            if not all(isinstance(part, dict) for part in (layers, kept, target)):
+                raise PlanError('"layers", "kept" and "target" must be objects')
+            entries = {name: LayerPlan.from_dict(name, one) for name, one in layers.items()}
+            return cls(entries, dict(kept), dict(target), str(value.get("net", "")), str(value.get("weights", "")))
+        except PlanError as error:
+            raise error.at(path=path) from None

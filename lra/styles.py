@@ -1,0 +1,137 @@
+"""How new layers are named and written: our default, and the habits of the published tools.
+
+A scheme says ``_lowrank``, ``_linear``, ``_v``, ``_h``; a style says what stands in the file for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from caffe_proto.net import Layer
+from caffe_proto.rewrite import Namer, NewLayer
+from caffe_proto.text import Message
+from caffe_proto.weights import Blobs
+
+from .decomposition import Step, StepShape
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Style:
+    """``suffixes`` replace the schemes' own. ``explicit``: suffixes whose layers spell every setting as _h and _w.
+
+    ``frozen_bias``: suffixes of inner layers that carry a bias of zeros with lr_mult 0, as Tai's tool left it.
+    ``top_from_blob``: suffixes of inner layers whose top is named after the old top, not after the layer.
+    """
+
+    suffixes: Mapping[str, str]
+    explicit: frozenset[str] = frozenset()
+    frozen_bias: frozenset[str] = frozenset()
+    top_from_blob: frozenset[str] = frozenset()
+
+    def suffix(self, step: str) -> str:
+        """What a scheme's suffix is called in this style."""
+        return self.suffixes.get(step, step)
+
+
+_TAI = frozenset({"_v", "_h"})
+STYLES: Mapping[str, Style] = MappingProxyType(
+    {
+        "default": Style({}),
+        "wen": Style({}, explicit=_TAI, frozen_bias=frozenset({"_v"}), top_from_blob=frozenset({"_lowrank"})),
+        "tai": Style({}, explicit=_TAI, frozen_bias=frozenset({"_v"})),
+        "he": Style({"_v": "_V", "_h": "_H", "_lowrank": "_W_prime", "_linear": "_P"}),
+    }
+)
+
+
+def new_layers(
+    layer: Layer, target: Target, steps: tuple[Step, ...] | tuple[StepShape, ...], style: Style, namer: Namer
+) -> tuple[NewLayer, ...]:
+    """The blocks that stand for a chain in the place of ``layer``; the last one writes its tops."""
+    made: list[NewLayer] = []
+    bottoms = layer.bottoms
+    for position, step in enumerate(steps):
+        last = position == len(steps) - 1
+        suffix = style.suffix(step.suffix)
+        name = namer.unique(layer.name + suffix)
+        tops = layer.tops if last else _inner_tops(layer, name, suffix, step.suffix in style.top_from_blob, namer)
+        has_bias = _has_bias(layer, target)
+        frozen = not last and has_bias and step.suffix in style.frozen_bias
+        made.append(
+            NewLayer(
+                name=name,
+                bottoms=bottoms,
+                tops=tops,
+                block="inner_product_param" if target.dense else "convolution_param",
+                settings=_settings(layer, target, step, last or frozen, step.suffix in style.explicit),
+                blobs=_blobs(step, target, frozen) if isinstance(step, Step) else None,
+                params=2 if last or frozen else 1,
+                rename_weight=suffix,
+                keep_force=not last,
+                freeze_bias=frozen,
+            )
+        )
+        bottoms = tops
+    return tuple(made)
+
+
+def _inner_tops(layer: Layer, name: str, suffix: str, from_blob: bool, namer: Namer) -> tuple[str, ...]:
+    if len(layer.tops) == 1 and not from_blob:
+        return (name,)
+    wanted = [f"{top}{suffix}" for top in layer.tops]
+    return tuple(one if one == name else namer.unique(one) for one in wanted)
+
+
+def _block(layer: Layer, target: Target) -> Message | None:
+    found = layer.message.last("inner_product_param" if target.dense else "convolution_param")
+    return found.value if found is not None and isinstance(found.value, Message) else None
+
+
+def _has_bias(layer: Layer, target: Target) -> bool:
+    block = _block(layer, target)
+    return block is None or block.string("bias_term", "true") not in ("false", "False", "f", "0")
+
+
+def _blobs(step: Step, target: Target, zero_bias: bool) -> Blobs:
+    """The step's weight and bias as the caffemodel holds them: float32, matrices for fully connected layers."""
+    weight = step.weight.astype("float32")
+    if target.dense:
+        weight = weight.reshape(weight.shape[:2])
+        weight = weight.T.copy() if target.transposed else weight
+    if zero_bias:
+        return weight, weight.dtype.type(0) * weight.reshape(weight.shape[0], -1)[:, 0]
+    return (weight,) if step.bias is None else (weight, step.bias.astype("float32"))
+
+
+def _settings(
+    layer: Layer, target: Target, step: Step | StepShape, keeps_bias: bool, explicit: bool
+) -> dict[str, list[str]]:
+    settings: dict[str, list[str]] = {"num_output": [str(step.shape[0])]}
+    if not keeps_bias:
+        settings |= {"bias_term": ["false"], "bias_filler": []}
+    if target.dense:
+        return settings
+    block = _block(layer, target)
+    present = {field.name for field in block.fields} if block else set()
+    settings |= _pair("kernel", "kernel_size", (step.shape[2], step.shape[3]), None, present, explicit)
+    settings |= _pair("pad", "pad", step.pad, 0, present, explicit)
+    settings |= _pair("stride", "stride", step.stride, 1, present, explicit)
+    h, w = step.dilation
+    if "dilation" in present:
+        settings["dilation"] = [str(h)] if h == w else [str(h), str(w)]
+    return settings
+
+
+def _pair(
+    stem: str, both: str, values: tuple[int, int], default: int | None, present: set[str], explicit: bool
+) -> dict[str, list[str]]:
+    """One (h, w) setting in Caffe's spelling; where it is the default and was not written, it stays unwritten."""
+    h, w = values
+    names = (both, f"{stem}_h", f"{stem}_w")
+    if explicit or h != w:
+        return {both: [], names[1]: [str(h)], names[2]: [str(w)]}
+    unwritten = h == default and not present.intersection(names)
+    return {names[1]: [], names[2]: [], both: [] if unwritten else [str(h)]}

@@ -1,0 +1,166 @@
+"""Which layers of a net can be decomposed, and what the schemes need to know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from caffe_proto import binding
+from caffe_proto.graph import Node, build
+from caffe_proto.layers.conv import ConvParams
+from caffe_proto.layers.conv import geometry as conv_geometry
+from caffe_proto.layers.dense import DenseParams
+from caffe_proto.layers.spec import Arrays, canonical_axis, text
+from caffe_proto.model import Model
+from caffe_proto.shape_inference import InputShapes, Shaped, infer
+
+from .decomposition import Geometry, Pair, Shape, macs
+from .schemes.base import Scheme, Spectrum
+
+_NOMINAL = 64  # image side, in kernels, assumed where the real one is not known
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A convolution, or a fully connected layer as the 1 x 1 convolution it is.
+
+    ``shape`` is (out, in/group, kh, kw); ``places``: how many pictures a forward pass puts through it
+    (batch times bottoms); ``in_hw`` is None where the net's shapes are not known here.
+    """
+
+    name: str
+    index: int
+    dense: bool
+    transposed: bool
+    shape: Shape
+    geometry: Geometry
+    in_hw: Pair | None
+    places: int
+
+    @property
+    def macs(self) -> int:
+        """MACs of the layer as it is, for the net's own batch."""
+        return self.cost(self)
+
+    @property
+    def stride(self) -> Pair:
+        return self.geometry.stride
+
+    @property
+    def pad(self) -> Pair:
+        return self.geometry.pad
+
+    @property
+    def dilation(self) -> Pair:
+        return self.geometry.dilation
+
+    def cost(self, *steps: object) -> int:
+        """MACs of a chain in the layer's place; at a nominal image size where the real one is not known."""
+        return self.places * macs(steps, self.in_hw or self._nominal)  # type: ignore[arg-type]
+
+    def chain_cost(self, scheme: Scheme, rank: int) -> int:
+        """MACs of a scheme's chain at a rank."""
+        return self.cost(*scheme.structure(self.shape, self.geometry, rank))
+
+    @property
+    def _nominal(self) -> Pair:
+        reach = [d * k for d, k in zip(self.dilation, self.shape[2:], strict=True)]
+        return _NOMINAL * reach[0], _NOMINAL * reach[1]
+
+    def kernel(self, stored: np.ndarray) -> np.ndarray:
+        """The stored weight as (out, in/group, kh, kw)."""
+        return (stored.T if self.transposed else stored).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A model looked at: its shapes, the layers that can be decomposed, and for others of those types why not."""
+
+    model: Model
+    shaped: Shaped
+    targets: dict[str, Target]
+    refused: dict[str, str]
+    blobs: Mapping[int, Arrays]
+
+
+def find(model: Model, inputs: InputShapes | None = None) -> Found:
+    """Look through a net. Raises WeightsError where net and weights do not belong together."""
+    shaped = infer(build(model.net), inputs, partial=True)
+    blobs = binding.bind(shaped, model.weights) if model.weights is not None else {}
+    targets: dict[str, Target] = {}
+    refused: dict[str, str] = {}
+    for index, node in enumerate(shaped.graph.nodes):
+        if node.layer.type not in ("Convolution", "InnerProduct"):
+            continue
+        made = _target(model, shaped, index, node)
+        if isinstance(made, Target):
+            targets[node.name] = made
+        else:
+            refused[node.name] = made
+    return Found(model, shaped, targets, refused, blobs)
+
+
+def _target(model: Model, shaped: Shaped, index: int, node: Node) -> Target | str:
+    if node.problem is not None:
+        return node.problem.message
+    stored = model.weights[node.name] if model.weights is not None and node.name in model.weights else ()
+    known = index not in shaped.unknown
+    if not known and not stored:
+        return f"its input shape is not known ({shaped.unknown[index].message})"
+    if isinstance(node.params, ConvParams):
+        return _convolution(shaped, index, node.params, stored)
+    return _fully_connected(shaped, index, node.params, stored)
+
+
+def _convolution(shaped: Shaped, index: int, p: ConvParams, stored: Arrays) -> Target | str:
+    name = shaped.graph.nodes[index].name
+    if index in shaped.unknown:
+        weight, in_hw, places = stored[0].shape, None, 1
+        bottom: tuple[int, ...] = (1, weight[1] * p.group, *(1,) * (len(weight) - 2))
+    else:
+        weight = shaped.blobs(index)[0]
+        bottom = shaped.bottoms(index)[0]
+        in_hw = (bottom[-2], bottom[-1]) if len(weight) == 4 else None
+        places = prod(bottom[: len(bottom) - len(weight) + 1]) * p.n_tops
+    if len(weight) != 4:
+        return f"its kernel has {len(weight) - 2} axes, two are needed"
+    axis, g = conv_geometry(p, bottom)
+    geometry = Geometry(_pair(g.stride), _pair(g.pad), _pair(g.dilation), p.group)
+    shape = (weight[0], weight[1], weight[2], weight[3])
+    return Target(name, index, False, False, shape, geometry, in_hw, places)
+
+
+def _fully_connected(shaped: Shaped, index: int, p: DenseParams, stored: Arrays) -> Target | str:
+    name = shaped.graph.nodes[index].name
+    if index in shaped.unknown:
+        weight, places = stored[0].shape[-2:], 1
+    else:
+        weight, bottom = shaped.blobs(index)[0], shaped.bottoms(index)[0]
+        places = prod(bottom[: canonical_axis(p.axis, len(bottom))])
+    inputs, outputs = weight if p.transpose else (weight[1], weight[0])
+    if min(inputs, outputs) < 1:
+        return f"its weight {text(weight)} is empty"
+    return Target(name, index, True, p.transpose, (outputs, inputs, 1, 1), Geometry(), (1, 1), places)
+
+
+def _pair(values: tuple[int, ...]) -> Pair:
+    return values[0], values[1]
+
+
+class Spectra:
+    """Factorizations of the layers of one model, made once each and shared by planning and applying."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        self._made: dict[tuple[str, str], Spectrum] = {}
+
+    def get(self, target: Target, scheme: Scheme) -> Spectrum:
+        """The factorization of a layer by a scheme."""
+        key = (target.name, scheme.name)
+        if key not in self._made:
+            weight = target.kernel(self.found.blobs[target.index][0])
+            self._made[key] = scheme.spectrum(weight, target.geometry)
+        return self._made[key]
