@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from .text import Document, Edit, Field, Message, splice
 
 _SEPARATOR = re.compile(r"[ \t]*[,;]")
-_REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*)?(\r?\n|\Z)")
+_REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*?)?(\r?\n|\Z)")
 
 
 class Block:
@@ -22,13 +22,13 @@ class Block:
         self.document = document
         self.start, self.end = start, end
         self._edits: dict[tuple[int, int], str] = {}
-        self._inserted: list[Edit] = []
+        self._added: list[tuple[tuple[int, int], str]] = []  # behind the field of that span
+        self._first: dict[int, list[str]] = {}  # into the empty message that starts there
 
     def set(self, message: Message, name: str, values: Sequence[str], after: Sequence[str] = ()) -> None:
         """Give a field these literal values, in place of those it has; none removes it.
 
-        A field that is not there is added behind the last of the fields ``after``, or at the message's end;
-        so remove before you add.
+        A field that is not there is added behind the last of the fields ``after``, or at the message's end.
         """
         old = _spans(message.all(name))
         for span in old[len(values) :] if old else ():
@@ -43,7 +43,7 @@ class Block:
         for i in range(last + 1):
             self._edits[old[i]] = new[i]
         for item in new[last + 1 :]:
-            self._insert(message, old[last], item)
+            self._added.append((old[last], item))
 
     def remove(self, field: Field) -> None:
         """Leave a field out, with the line it stands on where it stands there alone."""
@@ -51,34 +51,45 @@ class Block:
 
     def add(self, message: Message, items: Sequence[str], after: Sequence[str] = ()) -> None:
         """Add fields behind the last of those named ``after``, or behind the last field of the message."""
-        left = [field for field in message.fields if not self._is_removed(field)]
-        anchors = [field for field in left if field.name in after] or left
-        for item in items:
-            if anchors:
-                self._insert(message, (anchors[-1].start, anchors[-1].end), item)
-            else:
-                self._inserted.append(Edit(message.start, message.start, f" {item} "))
+        anchors = [field for field in message.fields if field.name in after] or list(message.fields)
+        if not anchors:
+            self._first.setdefault(message.start, []).extend(items)
+        for item in items if anchors else ():
+            self._added.append(((anchors[-1].start, anchors[-1].end), item))
 
     def text(self) -> str:
         """The edited copy."""
-        edits = [Edit(start, end, new) for (start, end), new in self._edits.items()]
-        shifted = [Edit(e.start - self.start, e.end - self.start, e.text) for e in [*edits, *self._inserted]]
+        replaced = dict(self._edits)
+        inserted: list[Edit] = []
+        for anchor, item in self._added:
+            whole = self._whole(anchor)
+            if whole in replaced:  # the field goes; what is added takes its place
+                replaced[whole] += self._instead(whole, item)
+            else:
+                at, new = self._beside(anchor, item)
+                inserted.append(Edit(at, at, new))
+        for start, items in self._first.items():
+            space = "" if self.document.text[start].isspace() else " "
+            inserted.append(Edit(start, start, f" {' '.join(items)}{space}"))
+        edits = [*inserted, *(Edit(start, end, new) for (start, end), new in replaced.items())]
+        shifted = [Edit(e.start - self.start, e.end - self.start, e.text) for e in edits]
         return splice(self.document.text[self.start : self.end], shifted)
 
-    def _is_removed(self, field: Field) -> bool:
-        return self._edits.get(self._whole((field.start, field.end))) == ""
+    def _instead(self, whole: tuple[int, int], item: str) -> str:
+        """The text of an item in the place of a removed field: whole lines for whole lines."""
+        removed = self.document.text[whole[0] : whole[1]]
+        ending = removed[len(removed.rstrip("\r\n")) :]
+        indent = removed[: len(removed) - len(removed.lstrip(" \t"))]
+        return f"{indent}{item}{ending}" if ending else f" {item}"
 
-    def _insert(self, message: Message, anchor: tuple[int, int], item: str) -> None:
-        text = self.document.text
+    def _beside(self, anchor: tuple[int, int], item: str) -> tuple[int, str]:
+        """Where to add an item behind a field, and the text to add: a line of its own, or in the same line."""
         end = self._after_separator(anchor[1])
-        rest = _REST_OF_LINE.match(text, end, message.end)
-        own_line = rest is not None and rest.group(1) != "" and self._indent(anchor[0]) is not None
-        if own_line and rest is not None:
-            line_end = rest.start(1)
-            new = f"{rest.group(1)}{self._indent(anchor[0])}{item}"
-            self._inserted.append(Edit(line_end, line_end, new))
-        else:
-            self._inserted.append(Edit(end, end, f" {item}"))
+        rest = _REST_OF_LINE.match(self.document.text, end)
+        indent = self._indent(anchor[0])
+        if indent is None or rest is None or not rest.group(1):
+            return end, f" {item}"
+        return rest.start(1), f"{rest.group(1)}{indent}{item}"
 
     def _indent(self, position: int) -> str | None:
         """The white space before a field that begins its line; None where something stands before it."""

@@ -19,11 +19,12 @@ def writing(paths: Iterable[str | Path], inputs: Iterable[str | Path | None] = (
     """
     targets = [Path(path) for path in paths]
     sources = [Path(path) for path in inputs if path is not None]
-    for target in targets:
-        _refuse(target, sources)
+    for i, target in enumerate(targets):
+        _refuse(target, sources, targets[:i])
     temporary = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets]
     try:
         yield temporary
+        _check_written(temporary, targets)
         for here, there in zip(temporary, targets, strict=True):
             os.replace(here, there)
     except OSError as error:
@@ -34,12 +35,23 @@ def writing(paths: Iterable[str | Path], inputs: Iterable[str | Path | None] = (
                 path.unlink()
 
 
-def _refuse(target: Path, sources: list[Path]) -> None:
+def _check_written(temporary: list[Path], targets: list[Path]) -> None:
+    """See before the first renaming that the last one can be done too."""
+    for here, there in zip(temporary, targets, strict=True):
+        if not here.is_file():
+            raise FileError("nothing was written for it", path=there)
+        if there.is_dir():
+            raise FileError("cannot be written: it has become a folder", path=there)
+
+
+def _refuse(target: Path, sources: list[Path], others: list[Path]) -> None:
     if target.is_dir():
         raise UsageError("is a folder, a file was to be written", path=target, hint="give a file name")
     folder = target.parent
     if not folder.is_dir():
         raise FileError(f"cannot be written: there is no folder {str(folder)!r}", path=target, hint="make it first")
+    if any(target.name == other.name and folder.samefile(other.parent) for other in others):
+        raise UsageError("is to be written twice", path=target, hint="give each output a name of its own")
     if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
         raise UsageError("would be overwritten, and it is an input", path=target, hint="choose another output name")
 

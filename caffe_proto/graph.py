@@ -193,6 +193,7 @@ def _understand(layer: Layer, net: Net) -> tuple[LayerSpec | None, Any, Error | 
         schema_type = "V1LayerParameter" if layer.dialect == "V1" else "LayerParameter"
         typed = Typed(layer.message, schema_type, layer.document)
         check(typed, spec.understood)
+        _check_loss_weights(len(typed["loss_weight"]), len(layer.tops), spec.loss)
         return spec, spec.params(Request(layer, typed, net.state.phase)), None
     except Error as error:
         return None, None, error.at(path=net.path, line=layer.line, layer=layer.name)
@@ -203,6 +204,13 @@ def _check_count(what: str, count: int, bounds: tuple[int, int | None], kind: st
     if count < low or (high is not None and count > high):
         wanted = str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
         raise NetError(f"has {count} {what}{'' if count == 1 else 's'}, {kind} takes {wanted}")
+
+
+def _check_loss_weights(weights: int, tops: int, loss: bool) -> None:
+    """None, or one for each top. A loss has at least one top, maybe unnamed, and at least the loss_weight 1."""
+    wanted, found = (max(tops, 1), max(weights, 1)) if loss else (tops, weights or tops)
+    if wanted != found:
+        raise NetError(f"loss_weight must be given for each top or not at all: {wanted} tops, {found} loss_weight")
 
 
 def build(net: Net) -> Graph:

@@ -50,7 +50,7 @@ class NetState:
         if phase and {"0": "TRAIN", "1": "TEST"}.get(phase, phase) != self.phase:
             return False
         low, high = rule.string("min_level"), rule.string("max_level")
-        if (low and self.level < int(low, 0)) or (high and self.level > int(high, 0)):
+        if (low and self.level < _level(low)) or (high and self.level > _level(high)):
             return False
         stages = set(self.stages)
         return stages.issuperset(rule.strings("stage")) and not stages.intersection(rule.strings("not_stage"))
@@ -117,6 +117,13 @@ def _param_spec(message: Message) -> ParamSpec:
         _number(message.string("decay_mult", "1")),
         message.string("share_mode") in ("PERMISSIVE", "1"),
     )
+
+
+def _level(value: str) -> int:
+    try:
+        return text.integer(value)
+    except ValueError:
+        raise NetError(f"{value!r} is no level") from None
 
 
 def _number(value: str) -> float:

@@ -20,6 +20,7 @@ from .layers.emit import Dynamic, Emitter, NodeRecord, Sheet
 from .layers.spec import Arrays, Shape
 from .model import Model
 from .net import nearest
+from .preprocess import Preprocess
 from .shape_inference import InputShapes, Shaped
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ _AXIS_NAMES = {0: "batch", 2: "height", 3: "width"}
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: blobs to give out (None: the net's outputs), sizes left open, source shapes overridden."""
+    """What to export: blobs to give out (None: the net's outputs), sizes left open, source shapes overridden.
+
+    ``preprocess`` is baked in before every image input (4 axes).
+    """
 
     outputs: tuple[str, ...] | None = None
     batch: int | None = None
@@ -39,6 +43,7 @@ class Request:
     dynamic_hw: bool = False
     input_shapes: InputShapes | None = None
     random_seed: int | None = None
+    preprocess: Preprocess | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +90,7 @@ def draw(model: Model, request: Request) -> Export:
         blobs = binding.bind(_only(shaped, needed), model.weights)
     else:
         blobs = binding.random(shaped, request.random_seed)
-    return _Writer(built, shaped, dynamic, blobs, needed, names).write(model.net.name or "net")
+    return _Writer(built, shaped, dynamic, blobs, needed, names, request.preprocess).write(model.net.name or "net")
 
 
 def _asked(built: Graph, outputs: Iterable[str] | None) -> list[str]:
@@ -163,6 +168,7 @@ class _Writer:
         blobs: Mapping[int, Arrays],
         needed: set[int],
         outputs: list[str],
+        preprocess: Preprocess | None,
     ) -> None:
         self.built, self.shaped, self.dynamic, self.blobs = built, shaped, dynamic, blobs
         self.needed, self.outputs = needed, outputs
@@ -170,6 +176,7 @@ class _Writer:
         self.sources = set(built.sources)
         self.sheet = Sheet()
         self.folded: dict[Value, _Folded] = {}
+        self.preprocess = preprocess
         self.names = self._name_values()
 
     def _name_values(self) -> dict[Value, str]:
@@ -185,6 +192,10 @@ class _Writer:
         return names
 
     def write(self, name: str) -> Export:
+        used = [value for value in self.built.sources if value.node in self.needed]
+        inputs = {self.built.blob(value): self.names[value] for value in used}
+        for value in used:
+            self._preprocess(value)
         for index in sorted(self.needed):
             node = self.built.nodes[index]
             assert node.spec is not None
@@ -194,10 +205,9 @@ class _Writer:
                 self._node(index)
             except Error as error:
                 raise error.at(path=self.built.path, line=node.layer.line, layer=node.name) from None
-        used = [value for value in self.built.sources if value.node in self.needed]
-        inputs = {self.built.blob(value): self.names[value] for value in used}
         outputs = {blob: self.names[self.built.final[blob]] for blob in self.outputs}
         named = {self.names[value]: value for value in self.shaped.shapes}
+        named.update({self.built.blob(value): value for value in used})
         return Export(
             self.sheet,
             self.shaped,
@@ -207,6 +217,24 @@ class _Writer:
             {text: self.dynamic[value] for text, value in named.items()},
             name,
         )
+
+    def _preprocess(self, value: Value) -> None:
+        """Bake the preprocessing in: the input keeps its name, the layers read what is made of it."""
+        shape, asked = self.shaped.shapes[value], self.preprocess
+        if asked is None or len(shape) != 4:
+            return
+        e = self._emitter(value.node, (value,))
+        e.layer, name = f"{self.names[value]}/preprocess", self.names[value]
+        mean = asked.mean_for(shape)
+        if mean is not None and mean.shape[2] > 1:
+            e.static(0, (2, 3), "a mean image")
+        if asked.swap:
+            name = e.node("Gather", name, e.ints(range(shape[1])[::-1], "reversed"), axis=1)
+        if mean is not None:
+            name = e.node("Sub", name, e.const(mean, "mean"))
+        if asked.scale != 1:
+            name = e.node("Mul", name, e.const(asked.scale, "scale"))
+        self.names[value] = name
 
     def _node(self, index: int) -> None:
         if self._fold(index):

@@ -23,9 +23,11 @@ _TOKEN = re.compile(
     | (?P<name>   [A-Za-z_][\w]* )
     | (?P<punct>  [{}<>\[\]:;,\-./] )
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.ASCII,
 )
-_ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|(.))", re.DOTALL)
+_ESCAPE = re.compile(
+    rb"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|(.))", re.DOTALL
+)
 _SIMPLE_ESCAPES = {
     b"n": b"\n", b"t": b"\t", b"r": b"\r", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v",
     b"\\": b"\\", b"'": b"'", b'"': b'"', b"?": b"?",
@@ -54,14 +56,31 @@ class Scalar:
 
 def _unescape(text: str) -> bytes:
     def one(match: re.Match[bytes]) -> bytes:
-        octal, hexadecimal, simple = match.groups()
+        octal, hexadecimal, short, long, simple = match.groups()
         if octal is not None:
             return bytes([int(octal, 8) & 0xFF])
         if hexadecimal is not None:
             return bytes([int(hexadecimal, 16)])
+        if point := short or long:
+            return _encoded(int(point, 16))
         return _SIMPLE_ESCAPES.get(simple, simple)
 
     return _ESCAPE.sub(one, text.encode("utf-8", "surrogateescape"))
+
+
+def _encoded(point: int) -> bytes:
+    """A code point in UTF-8; the replacement character for one that does not exist."""
+    return chr(point if point < 0x110000 else 0xFFFD).encode("utf-8", "replace")
+
+
+def integer(raw: str) -> int:
+    """The number that an integer's text stands for, octal behind 0, hexadecimal behind 0x; else ValueError."""
+    digits = raw.removeprefix("-")
+    if not digits[:1].isdigit():
+        raise ValueError(f"no integer: {raw!r}")
+    base = 16 if digits[:2].lower() == "0x" else 8 if digits.startswith("0") else 10
+    value = int(digits, base)
+    return -value if raw.startswith("-") else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +223,13 @@ class _Reader:
         token = self.token
         if token.kind == "punct" and token.text in _CLOSING:
             values: list[Scalar | Message] = [self.message()]
+        elif token.kind == "punct" and token.text == "[":
+            values = self.list(name)
+            if not colon and any(isinstance(value, Scalar) for value in values):
+                raise self.fail(f"after {name!r} expected ':'", token.start)
         elif not colon:
             what = "the file ends" if token.kind == "end" else f"found {token.text!r}"
             raise self.fail(f"after {name!r} expected ':' or '{{', {what}", token.start)
-        elif token.kind == "punct" and token.text == "[":
-            values = self.list(name)
         else:
             values = [self.scalar(name)]
         end = self.previous_end

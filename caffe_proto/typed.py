@@ -6,6 +6,7 @@ Editing never comes here; a layer is read by the schema only when something inte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from . import schema
 from .errors import NetError, UnsupportedError
 from .net import nearest
-from .text import Document, Field, Message, Scalar
+from .text import Document, Field, Message, Scalar, integer
 
 # Fields, outside BVLC's schema or deprecated in it, that are known not to change what a layer computes.
 HARMLESS = {
@@ -115,7 +116,7 @@ class Typed(Mapping[str, Any]):
             raise self._wrong(field, f"{info.type}, not a string")
         if info.kind == "enum":
             names = schema.enum_values(info.type)
-            found = raw if raw in names else next((n for n, number in names.items() if str(number) == raw), None)
+            found = raw if raw in names else _enumerator(raw, names)
             if found is None:
                 raise self._wrong(field, " or ".join(names))
             return found
@@ -136,10 +137,16 @@ class Typed(Mapping[str, Any]):
         return NetError(f"found {shown!r}, {field.name} is {expected}", line=self.document.line(field.start))
 
 
+def _enumerator(raw: str, names: Mapping[str, int]) -> str | None:
+    """The name of an enum value given by its number."""
+    with suppress(ValueError):
+        number = integer(raw)
+        return next((name for name, known in names.items() if known == number), None)
+    return None
+
+
 def _integer(raw: str, low: int, high: int) -> int:
-    sign, digits = (-1, raw[1:]) if raw.startswith("-") else (1, raw)
-    base = 16 if digits[:2].lower() == "0x" else 8 if digits.startswith("0") else 10
-    value = sign * int(digits, base)
+    value = integer(raw)
     if not low <= value < high:
         raise ValueError(value)
     return value

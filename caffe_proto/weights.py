@@ -20,8 +20,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from . import wire
-from .errors import CaffemodelError
-from .files import unreadable
+from .errors import CaffemodelError, UsageError
+from .files import text_bytes, unreadable
 from .wire import BYTES, FIXED32, FIXED64, VARINT, WireError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class NewEntry(Entry):
     def write(self, file: IO[bytes]) -> None:
         """Append the layer to a caffemodel, blob data streamed from the arrays."""
         dialect = self.dialect
-        definition = self.definition or wire.encode_bytes(dialect.layer_name, self.name.encode())
+        definition = self.definition or wire.encode_bytes(dialect.layer_name, text_bytes(self.name))
         blobs = [(_blob_head(array), np.ascontiguousarray(array, "<f4")) for array in self.arrays]
         sizes = [len(head) + array.nbytes for head, array in blobs]
         total = len(definition) + sum(len(wire.header(dialect.blobs, size)) + size for size in sizes)
@@ -109,7 +109,7 @@ class MappedEntry(Entry):
     def blobs(self) -> Blobs:
         try:
             return tuple(_read_blob(self.buffer, start, end) for start, end in self.blob_spans)
-        except (WireError, ValueError) as error:
+        except (ValueError, OverflowError) as error:  # WireError is a ValueError
             raise CaffemodelError(str(error), path=self.path, layer=self.name) from error
 
 
@@ -119,10 +119,14 @@ class Hdf5Entry(Entry):
 
     name: str
     datasets: tuple[h5py.Dataset, ...]
+    path: str
 
     @cached_property
     def blobs(self) -> Blobs:
-        return tuple(_frozen(np.asarray(dataset[()], np.float32)) for dataset in self.datasets)
+        try:
+            return tuple(_frozen(np.asarray(dataset[()], np.float32)) for dataset in self.datasets)
+        except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+            raise CaffemodelError(f"cannot be read ({error})", path=self.path, layer=self.name) from error
 
 
 @dataclass(frozen=True)
@@ -143,10 +147,13 @@ class Weights(Mapping[str, Blobs]):
     Where a file names a layer twice, the last one counts, as in Caffe, which copies them in turn.
     """
 
-    def __init__(self, pieces: Sequence[Piece], *, path: str | None = None, dialect: Dialect = V2) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], *, path: str | None = None, dialect: Dialect = V2, changed: bool = False
+    ) -> None:
         self.pieces = tuple(pieces)
         self.path = path
         self.dialect = dialect
+        self.changed = changed
         self._entries = {piece.name: piece for piece in self.pieces if isinstance(piece, Entry)}
 
     def __getitem__(self, name: str) -> Blobs:
@@ -177,7 +184,8 @@ class Weights(Mapping[str, Blobs]):
                 pieces.extend(self._in_dialect(left.pop(piece.name)))
         for entries in left.values():
             pieces.extend(self._in_dialect(entries))
-        return Weights(pieces, path=self.path, dialect=self.dialect)
+        changed = self.changed or bool(changes)
+        return Weights(pieces, path=self.path, dialect=self.dialect, changed=changed)
 
     def _in_dialect(self, entries: Iterable[NewEntry]) -> Iterator[NewEntry]:
         return (replace(entry, dialect=self.dialect) for entry in entries)
@@ -203,15 +211,26 @@ class Weights(Mapping[str, Blobs]):
         """Write Caffe's HDF5 form, /data/<layer>/<index>; a "/" in a name makes nested groups."""
         import h5py
 
-        if self.is_hdf5 and self.path is not None and all(isinstance(piece, Hdf5Entry) for piece in self.pieces):
+        if self.is_hdf5 and self.path is not None and not self.changed:
             shutil.copyfile(self.path, path)
             return
         with h5py.File(path, "w") as file:
             data = file.create_group("data")
             for name, entry in self._entries.items():
-                group = data.require_group(name)
+                group = _group(data, name)
                 for index, array in enumerate(entry.blobs):
-                    group.create_dataset(str(index), data=np.ascontiguousarray(array, np.float32))
+                    group.create_dataset(str(index), data=np.asarray(array, np.float32))
+
+
+def _group(data: h5py.Group, name: str) -> h5py.Group:
+    """The group /data/<name>; raises UsageError where HDF5 gives that place another name or another use."""
+    try:
+        group = data.require_group(name)
+    except (TypeError, ValueError):
+        group = None
+    if group is None or group.name != f"/data/{name}":
+        raise UsageError("HDF5 cannot hold a layer of this name", layer=name, hint="write a .caffemodel")
+    return group
 
 
 def _write_span(file: IO[bytes], run: tuple[Any, int, int] | None) -> None:
@@ -259,15 +278,15 @@ def _load_mapped(buffer: mmap.mmap, path: str) -> Weights:
                 pieces.append(MappedEntry(name, buffer, field.start, field.end, spans, path))
             else:
                 pieces.append(Raw(buffer, field.start, field.end))
-    except (WireError, UnicodeDecodeError) as error:
+    except WireError as error:
         raise CaffemodelError(_broken(buffer, layers, error), path=path, hint="download it again") from error
     if not layers:
         raise CaffemodelError("holds no layer; it is no caffemodel", path=path)
     return Weights(pieces, path=path, dialect=dialect)
 
 
-def _broken(buffer: mmap.mmap, layers: int, error: Exception) -> str:
-    offset = getattr(error, "offset", 0)
+def _broken(buffer: mmap.mmap, layers: int, error: WireError) -> str:
+    offset = error.offset
     if layers:
         return f"truncated or damaged at byte {offset:,} of {len(buffer):,}, behind {layers} whole layers ({error})"
     return f"no caffemodel, or one cut off in its first layer: at byte {offset:,} of {len(buffer):,}, {error}"
@@ -281,16 +300,21 @@ def _layer(buffer: mmap.mmap, field: wire.WireField, dialect: Dialect) -> tuple[
         if inner.kind != BYTES:
             continue
         if inner.number == dialect.layer_name:
-            name = buffer[inner.at : inner.end].decode()
+            name = _name(buffer, inner)
         elif inner.number == dialect.blobs:
             spans.append((inner.at, inner.end))
         elif dialect is V1 and inner.number == _V0_LAYER:
             for old in wire.fields(buffer, inner.at, inner.end):
                 if old.number == _V0_NAME and old.kind == BYTES:
-                    name = buffer[old.at : old.end].decode()
+                    name = _name(buffer, old)
                 elif old.number == _V0_BLOBS and old.kind == BYTES:
                     spans.append((old.at, old.end))
     return name, tuple(spans)
+
+
+def _name(buffer: mmap.mmap, field: wire.WireField) -> str:
+    """A layer's name, odd bytes kept as a prototxt's are."""
+    return buffer[field.at : field.end].decode("utf-8", "surrogateescape")
 
 
 def _read_blob(buffer: mmap.mmap, start: int, end: int) -> np.ndarray:
@@ -315,7 +339,7 @@ def _read_blob(buffer: mmap.mmap, start: int, end: int) -> np.ndarray:
             run, position = _unpacked(buffer, field, end)
             (singles if field.kind == FIXED32 else doubles).append(run)
     shape = tuple(legacy.get(axis, 0) for axis in _LEGACY_AXES) if legacy else tuple(dims)
-    pieces = doubles or singles
+    pieces = doubles if any(run.size for run in doubles) else singles
     data = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
     if data.size != prod(shape):
         text = " x ".join(map(str, shape)) or "a single number"
@@ -372,14 +396,14 @@ def _load_hdf5(path: str | Path) -> Weights:
 
         def visit(name: str, item: object) -> None:
             layer, _, index = name.rpartition("/")
-            if isinstance(item, h5py.Dataset) and layer and index.isdigit():
+            if isinstance(item, h5py.Dataset) and layer and index.isascii() and index.isdigit():
                 found.setdefault(layer, {})[int(index)] = item
 
         if isinstance(data, h5py.Group):
             data.visititems(visit)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CaffemodelError(f"truncated or damaged HDF5 file ({error})", path=path) from error
     if not found:
         raise CaffemodelError("holds no layer under /data; it is no Caffe weight file", path=path)
-    entries = [Hdf5Entry(name, tuple(blobs[i] for i in sorted(blobs))) for name, blobs in found.items()]
+    entries = [Hdf5Entry(name, tuple(blobs[i] for i in sorted(blobs)), str(path)) for name, blobs in found.items()]
     return Weights(entries, path=str(path))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -151,10 +151,14 @@ def _pair(values: tuple[int, ...]) -> Pair:
 
 
 class Spectra:
-    """Factorizations of the layers of one model, made once each and shared by planning and applying."""
+    """Factorizations of the layers of one model, made once each and shared by planning and applying.
 
-    def __init__(self, found: Found) -> None:
+    ``step`` is called once for each layer that was factored first.
+    """
+
+    def __init__(self, found: Found, step: Callable[[], None] = lambda: None) -> None:
         self.found = found
+        self._step = step
         self._made: dict[tuple[str, str], Spectrum] = {}
 
     def get(self, target: Target, scheme: Scheme) -> Spectrum:
@@ -162,5 +166,7 @@ class Spectra:
         key = (target.name, scheme.name)
         if key not in self._made:
             weight = target.kernel(self.found.blobs[target.index][0])
+            if not any(name == target.name for name, _ in self._made):
+                self._step()
             self._made[key] = scheme.spectrum(weight, target.geometry)
         return self._made[key]

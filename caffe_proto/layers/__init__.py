@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
-from . import conv, dense, ends, norm, pointwise, pool, shape, softmax
+from . import conv, dense, ends, indexing, loss, norm, pointwise, pool, recurrent, reduce, shape, softmax
 from .spec import LayerSpec
 
-_FAMILIES = (conv, dense, pool, norm, pointwise, shape, softmax, ends)
+_FAMILIES = (conv, dense, pool, norm, pointwise, shape, softmax, reduce, indexing, recurrent, loss, ends)
 
 
 def merge(families: tuple[ModuleType, ...]) -> Mapping[str, LayerSpec]:

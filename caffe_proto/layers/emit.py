@@ -102,7 +102,9 @@ class Emitter:
         """``source`` as ``dtype``: "float32", "int64" (as a C++ cast: towards 0) or "bool"."""
         return self.node("Cast", source, to_type=dtype)
 
-    def sum(self, source: str, axes: Sequence[int] | None = None, *, keep: bool = False, to: str | None = None) -> str:
+    def sum(
+        self, source: str, axes: Sequence[int] | None = None, *, keep: bool = False, to: str | None = None
+    ) -> str:
         """The sum of ``source`` along ``axes``, of all of it by default."""
         given = () if axes is None else (self.ints(axes, "axes"),)
         return self.node("ReduceSum", source, *given, to=to, keepdims=int(keep))

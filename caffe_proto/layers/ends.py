@@ -59,11 +59,12 @@ def _dummy(request: Request) -> SourceParams:
 
 
 def _memory(request: Request) -> SourceParams:
+    """An image and a label: Caffe sets the label up with one axis, and gives it four whenever it runs."""
     p = request["memory_data_param"]
     image = (p["batch_size"], p["channels"], p["height"], p["width"])
     if 0 in image:
         raise NetError("batch_size, channels, height and width must be given and positive", line=p.line())
-    return SourceParams((image, (p["batch_size"],))[: request.n_tops], "")
+    return SourceParams((image, (p["batch_size"], 1, 1, 1)), "")
 
 
 def _images(block: str) -> Callable[[Request], SourceParams]:
@@ -87,13 +88,13 @@ def _hdf5(request: Request) -> SourceParams:
     return SourceParams((None,) * request.n_tops, "the shape is in the HDF5 files")
 
 
-def _source(params: Callable[[Request], SourceParams]) -> LayerSpec:
+def _source(params: Callable[[Request], SourceParams], tops: tuple[int, int | None] = (1, None)) -> LayerSpec:
     return LayerSpec(
         params=params,
         infer=_infer,
         onnx=None,
         bottoms=(0, 0),
-        tops=(1, None),
+        tops=tops,
         channels=Channels.FIXED,
         source=True,
     )
@@ -106,7 +107,7 @@ def _nothing(_e: Emitter, _params: None) -> None:
 SPECS = {
     "Input": _source(_input),
     "DummyData": _source(_dummy),
-    "MemoryData": _source(_memory),
+    "MemoryData": _source(_memory, (2, 2)),
     "Data": _source(_images("data_param")),
     "ImageData": _source(_images("image_data_param")),
     "WindowData": _source(_images("window_data_param")),

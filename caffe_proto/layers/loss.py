@@ -36,7 +36,7 @@ def _ignored(p: Typed) -> int | None:
 
 
 def _mode(p: Typed, default: str) -> str:
-    """How the sum of a loss is normalized: ``normalization``, else the older ``normalize``, else ``default``."""
+    """What divides the sum of a loss: ``normalization``, else the older ``normalize``, else ``default``."""
     mode = str(p["normalization"])
     if "normalization" not in p:
         mode = default
@@ -84,7 +84,7 @@ def _same_first(bottoms: Shapes) -> None:
 
 
 def _labels_match(axis: int, bottoms: Shapes) -> Shape:
-    """(outer, classes, inner) of the first bottom; raises ShapeError unless there is a label for each outer, inner."""
+    """(outer, classes, inner) of the first bottom; raises ShapeError unless each outer, inner has a label."""
     shape = around(bottoms[0], canonical_axis(axis, len(bottoms[0])))
     wanted, found = shape[0] * shape[2], size(bottoms[1])
     if wanted != found:
@@ -196,7 +196,8 @@ def _softmax_loss(e: Emitter, p: LossParams) -> None:
 def _infogain(e: Emitter, p: LossParams) -> None:
     """-sum over classes of H[label, class] * log(max(softmax(x), 1e-20)); H is the third bottom."""
     if p.source:
-        raise UnsupportedError("InfogainLoss's matrix file (source) is not read", hint="give the matrix as third bottom")
+        hint = "give the matrix as third bottom"
+        raise UnsupportedError("InfogainLoss's matrix file (source) is not read", hint=hint)
     scores, labels, classes = _class_view(e, p.axis)
     prob = e.node("Softmax", scores, axis=1)
     matrix = e.reshape(e.inputs[2], 2, (classes, classes), (False, False))
@@ -306,7 +307,7 @@ def _contrastive(e: Emitter, p: ContrastiveParams) -> None:
     axes = list(range(1, len(e.in_shapes[0])))
     difference = e.node("Sub", e.inputs[0], other)
     square = e.node("Mul", difference, difference)
-    far = e.reshape(e.sum(square, axes) if axes else square, 0, (e.in_shapes[0][0], 1, 1), (e.dynamic_in[0][0], False, False))
+    far = e.node("Reshape", e.sum(square, axes) if axes else square, e.ints((-1, 1, 1), "shape"))
     distance = far if p.legacy else e.node("Sqrt", far)
     gap = e.node("Max", e.node("Sub", e.const(p.margin, "margin"), distance), e.const(0.0, "zero"))
     apart = gap if p.legacy else e.node("Mul", gap, gap)

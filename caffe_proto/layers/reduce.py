@@ -23,7 +23,7 @@ class ArgMaxParams:
 
 def _read_arg_max(request: Request) -> ArgMaxParams:
     p = request["argmax_param"]
-    axis = p["axis"] if "axis" in p else None
+    axis = int(p["axis"]) if "axis" in p else None
     return ArgMaxParams(axis, at_least(p["top_k"], 1, "top_k"), p["out_max_val"])
 
 
@@ -32,14 +32,14 @@ def _arg_max_infer(p: ArgMaxParams, bottoms: Shapes) -> Shapes:
     axis = canonical_axis(0 if p.axis is None else p.axis, len(shape))
     choices = size(shape[1:]) if p.axis is None else shape[axis]
     if p.top_k > choices:
-        raise ShapeError(f"top_k {p.top_k} is more than the {choices} values there are to choose from")
+        raise ShapeError(f"top_k {p.top_k} is more than the {choices} values to choose from")
     if p.axis is not None:
         return ((*shape[:axis], p.top_k, *shape[axis + 1 :]),)
     return ((shape[0], 2 if p.values else 1, p.top_k, *(1,) * (len(shape) - 3)),)
 
 
 def _arg_max(e: Emitter, p: ArgMaxParams) -> None:
-    """The top_k greatest, of equal ones the last first: ONNX takes the first, so it sees the axis reversed."""
+    """The top_k greatest, of equal ones the last first; ONNX takes the first, so it sees the axis turned."""
     source, shape = e.inputs[0], e.in_shapes[0]
     if p.axis is None:
         e.static(0, range(1, len(shape)), "ArgMax over these axes")
@@ -170,7 +170,7 @@ def _levels(p: SppParams, shape: Shape) -> list[tuple[pool.PoolParams, Shape]]:
         kernel = (-(-shape[2] // bins), -(-shape[3] // bins))
         pad = ((kernel[0] * bins - shape[2] + 1) // 2, (kernel[1] * bins - shape[3] + 1) // 2)
         if any(one >= k for one, k in zip(pad, kernel, strict=True) if one):
-            raise ShapeError(f"{bins} bins need a pad {text(pad)} that is not smaller than the window {text(kernel)}")
+            raise ShapeError(f"{bins} bins need a pad {text(pad)}, no smaller than the window {text(kernel)}")
         if any(pad) and p.method == "STOCHASTIC":
             raise NetError("stochastic pooling takes no pad")
         one = pool.PoolParams(p.method, kernel, kernel, pad, ceil=True, mask=False)

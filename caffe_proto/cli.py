@@ -1,0 +1,306 @@
+"""Commands that look at a net, run it, export it and time it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import console
+from .console import input_shape_option, json_option, net_argument, seed_option, state_options, threads_option
+from .errors import FileError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .costs import LayerCost
+    from .model import Model
+
+
+@click.command()
+@net_argument
+@click.argument("weights", required=False)
+@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True, help="With WEIGHTS: the rank that keeps this share of a layer's energy.")
+@input_shape_option
+@state_options
+@json_option
+def info(net: str, weights: str | None, energy: float, input_shapes: Any, phase: str, stages: Any, level: int, as_json: bool) -> None:
+    """Print a row a layer: name, type, output shape, parameters, MACs; and totals.
+
+    NET is a prototxt of any dialect. With WEIGHTS (.caffemodel or .caffemodel.h5) also the rank of each
+    layer's filters at --energy: how many filters, mixed linearly, keep that share of their energy.
+    """
+    from .binding import bind
+    from .costs import cost
+    from .graph import build
+    from .shape_inference import infer
+
+    model = console.load_model(net, weights, phase, stages, level)
+    shaped = infer(build(model.net), input_shapes)
+    counted = cost(shaped)
+    ranks: dict[str, tuple[int, int]] = {}
+    if model.weights is not None:
+        bind(shaped, model.weights)
+        ranks = _ranks(model, energy, input_shapes)
+    if as_json:
+        rows = [_layer_json(row, ranks) for row in counted.layers]
+        console.echo_json({"name": model.net.name, "layers": rows, "totals": {"params": counted.params, "macs": counted.macs}})
+        return
+    columns = ["layer", "type", "output", "params", "MACs"] + ([f"rank {energy:g}"] if ranks else [])
+    rows_ = [_layer_row(row, ranks) for row in counted.layers]
+    total = ["total", "", "", f"{counted.params:,}", f"{counted.macs:,}"] + ([""] if ranks else [])
+    console.table(columns, rows_, left=3, total=total)
+
+
+def _layer_json(row: LayerCost, ranks: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    tops = [{"name": name, "shape": list(shape) if shape is not None else None} for name, shape in row.tops]
+    made: dict[str, Any] = {"name": row.name, "type": row.type, "tops": tops}
+    made |= {"blobs": [list(blob) for blob in row.blobs], "params": row.params, "macs": row.macs}
+    if row.name in ranks:
+        made |= {"rank": ranks[row.name][0], "full_rank": ranks[row.name][1]}
+    return made
+
+
+def _layer_row(row: LayerCost, ranks: dict[str, tuple[int, int]]) -> list[str]:
+    from .layers.spec import text
+
+    shapes = ", ".join(text(shape) if shape is not None else "?" for _, shape in row.tops)
+    figures = [f"{number:,}" if number else "" for number in (row.params, row.macs)]
+    rank = [f"{ranks[row.name][0]}/{ranks[row.name][1]}" if row.name in ranks else ""] if ranks else []
+    return [row.name, row.type, shapes, *figures, *rank]
+
+
+def _ranks(model: Model, energy: float, input_shapes: Any) -> dict[str, tuple[int, int]]:
+    """Rank at an energy and full rank of every layer that has filters."""
+    from lra.schemes import SCHEMES
+    from lra.targets import Spectra, find
+
+    found = find(model, input_shapes)
+    spectra = Spectra(found)
+    made = {}
+    for name, target in found.targets.items():
+        spectrum = spectra.get(target, SCHEMES["pca"])
+        made[name] = (spectrum.rank_for(energy), spectrum.max_rank)
+    return made
+
+
+@click.command()
+@net_argument
+@click.argument("weights")
+@click.option("--input", "inputs", multiple=True, required=True, metavar="X.npy|BLOB=X.npy|IO.npz", help="What to feed; repeatable.")
+@click.option("-o", "--output", required=True, metavar="OUT.npz", help="Where the blobs go: blob name -> float32 array.")
+@click.option("--blobs", default="all", show_default=True, help="Blobs to write, separated by commas.")
+@click.option("--compare", metavar="REF.npz", help="Print each blob's error against a dump of another Caffe.")
+@threads_option
+@state_options
+@json_option
+def run(
+    net: str, weights: str, inputs: Sequence[str], output: str, blobs: str, compare: str | None,
+    threads: int, phase: str, stages: Any, level: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Run NET with WEIGHTS forward through onnxruntime and write its blobs.
+
+    The shape of what is fed reshapes the net. Data layers become inputs: feed their tops.
+    """
+    import numpy as np
+
+    from . import files, runtime
+
+    model = console.load_model(net, weights, phase, stages, level)
+    names = "all" if blobs == "all" else [name for name in blobs.split(",") if name]
+    with runtime.session(model, names, threads=threads) as opened:  # type: ignore[arg-type]
+        results = opened.run(_feeds(inputs, opened.input_names))
+    reference = dict(_read_arrays(compare)) if compare else {}
+    with files.writing([output], [net, weights, compare, *(value.rpartition("=")[2] for value in inputs)]) as (temporary,), temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **results)  # type: ignore[arg-type]
+    errors = {name: runtime.error(array, reference[name]) for name, array in results.items() if name in reference}
+    if compare and not errors:
+        raise UsageError("shares no blob name with the net", path=compare)
+    _print_run(results, errors, output, as_json, bool(compare))
+
+
+def _print_run(results: dict[str, np.ndarray], errors: dict[str, float], output: str, as_json: bool, compared: bool) -> None:
+    from .layers.spec import text
+
+    if as_json:
+        blobs = {name: {"shape": list(array.shape), "error": _finite(errors.get(name))} for name, array in results.items()}
+        console.echo_json({"output": output, "blobs": blobs, "worst": _finite(max(errors.values(), default=None))})
+        return
+    rows = [[name, text(array.shape), *([f"{errors[name]:.2e}" if name in errors else "-"] if compared else [])] for name, array in results.items()]
+    console.table(["blob", "shape", *(["error"] if compared else [])], rows)
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        click.echo(f"worst error {errors[worst]:.2e} of the blob's largest magnitude, in {worst}")
+    click.echo(f"wrote {output}")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and value < float("inf") else None
+
+
+def _read_arrays(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz, or of a .npy under the name ""; raises FileError where it is neither."""
+    import zipfile
+
+    import numpy as np
+
+    if not Path(path).is_file():
+        raise FileError("no such file", path=path)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return dict(loaded) if hasattr(loaded, "files") else {"": loaded}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise FileError(f"is no NumPy file: {error}", path=path, hint="give a .npy or .npz file") from error
+
+
+def _feeds(items: Sequence[str], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """What --input names, by blob; a lone .npy feeds a net of one input, a .npz the inputs that it holds.
+
+    An input that an in-place layer overwrote stands in a dump of Caffe under "@input:<blob>".
+    """
+    feeds: dict[str, np.ndarray] = {}
+    for item in items:
+        blob, equals, path = item.rpartition("=")
+        if not equals or Path(item).exists():
+            blob, path = "", item
+        arrays = _read_arrays(path)
+        if "" not in arrays:
+            keys = {name: f"@input:{name}" if f"@input:{name}" in arrays else name for name in names}
+            if not any(key in arrays for key in keys.values()):
+                raise UsageError("holds none of the net's inputs: " + ", ".join(names), path=path)
+            feeds.update({name: arrays[key] for name, key in keys.items() if key in arrays})
+        elif blob or len(names) == 1:
+            feeds[blob or names[0]] = arrays[""]
+        else:
+            raise UsageError(f"the net has {len(names)} inputs", path=path, hint=f"say which: {names[0]}={path}")
+    return feeds
+
+
+@click.command()
+@net_argument
+@click.argument("weights")
+@click.option("-o", "--output", required=True, metavar="OUT.onnx")
+@click.option("--batch", metavar="N|dynamic", help="Batch size, or left open; default: the net's own.")
+@click.option("--dynamic-hw", is_flag=True, help="Leave height and width of the images open.")
+@click.option("--preprocess", is_flag=True, help="Bake in mean and scale of the net's transform_param.")
+@click.option("--mean", metavar="B,G,R|FILE", help="Bake in a mean: numbers, .npy or .binaryproto.")
+@click.option("--scale", type=float, help="Bake in a factor, after the mean.")
+@click.option("--bgr", is_flag=True, help="The images will come as RGB, the net wants BGR: swap the channels.")
+@input_shape_option
+@state_options
+@json_option
+def export(
+    net: str, weights: str, output: str, batch: str | None, dynamic_hw: bool, preprocess: bool, mean: str | None,
+    scale: float | None, bgr: bool, input_shapes: Any, phase: str, stages: Any, level: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Write NET with WEIGHTS as ONNX (opset 17, IR 8) under Caffe's blob and layer names."""
+    from . import files, onnx_export
+
+    model = console.load_model(net, weights, phase, stages, level)
+    request = onnx_export.Request(
+        batch=_batch(batch),
+        dynamic_batch=batch == "dynamic",
+        dynamic_hw=dynamic_hw,
+        input_shapes=input_shapes,
+        preprocess=_preprocess(model, preprocess, mean, scale, bgr),
+    )
+    made = onnx_export.export_onnx(model, request)
+    with files.writing([output], [net, weights]) as (temporary,):
+        temporary.write_bytes(made.SerializeToString())
+    inputs = {value.name: _dims(value) for value in made.graph.input}
+    outputs = {value.name: _dims(value) for value in made.graph.output}
+    if as_json:
+        console.echo_json({"output": output, "nodes": len(made.graph.node), "inputs": inputs, "outputs": outputs})
+        return
+    for what, values in (("input", inputs), ("output", outputs)):
+        for name, dims in values.items():
+            click.echo(f"{what:6}  {name}: {' x '.join(map(str, dims))}")
+    click.echo(f"wrote {output}: {len(made.graph.node)} nodes, {made.ByteSize():,} bytes, opset {onnx_export.OPSET}")
+
+
+def _dims(value: Any) -> list[int | str]:
+    return [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
+
+
+def _batch(value: str | None) -> int | None:
+    if value is None or value == "dynamic":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise UsageError(f'--batch "{value}" is neither a positive number nor "dynamic"')
+    return int(value)
+
+
+def _preprocess(model: Model, own: bool, mean: str | None, scale: float | None, bgr: bool) -> Any:
+    from . import preprocess
+
+    if not own and mean is None and scale is None and not bgr:
+        return None
+    base = preprocess.Preprocess()
+    if own:
+        found = preprocess.of_net(model.net)
+        if found is None:
+            raise UsageError("no layer has a transform_param", path=model.net.path, hint="give --mean and --scale")
+        base = found
+    return preprocess.Preprocess(
+        preprocess.read_mean(mean) if mean is not None else base.mean,
+        scale if scale is not None else base.scale,
+        bgr,
+    )
+
+
+@click.command(name="time")
+@click.argument("models", nargs=-1, required=True, metavar="NET[,WEIGHTS]|MODEL.onnx ...")
+@click.option("--runs", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--warmup", type=click.IntRange(0), default=10, show_default=True)
+@click.option("--batch", type=click.IntRange(1), help="Batch size; default: each net's own.")
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.")
+@click.option("--profile", is_flag=True, help="Also print a row a layer.")
+@threads_option
+@seed_option
+@json_option
+def time_(
+    models: Sequence[str], runs: int, warmup: int, batch: int | None, provider: str, profile: bool,
+    threads: int, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Time nets with onnxruntime side by side: median, 90th percentile, ratio of the first median to each.
+
+    A NET without WEIGHTS gets random ones, so that a published prototxt can be timed alone. Runs are
+    interleaved and sessions do not spin, so that none spoils another's times.
+    """
+    import onnxruntime
+
+    from . import latency
+    from .runtime import Engine
+
+    subjects = [latency.subject(item, batch=batch, seed=seed) for item in models]
+    engine = Engine(threads, provider)
+    with console.progress("timing", runs) as step:
+        timings = latency.measure(subjects, engine, runs=runs, warmup=warmup, batch=batch, seed=seed, step=step)
+    profiles = [latency.profile(one, engine, batch=batch, seed=seed) for one in subjects] if profile else []
+    first = timings[0].median
+    if as_json:
+        rows: list[dict[str, Any]] = [
+            {"model": t.name, "median_ms": t.median, "p90_ms": t.p90, "ratio": first / t.median} for t in timings
+        ]
+        for row, layers in zip(rows, profiles, strict=False):
+            row["layers"] = [{"name": one.name, "ops": one.ops, "ms": one.milliseconds} for one in layers]
+        settings = {"threads": threads, "provider": provider, "runs": runs, "onnxruntime": onnxruntime.__version__}
+        console.echo_json({"models": rows, **settings})
+        return
+    console.table(
+        ["model", "median ms", "p90 ms", "speed-up"],
+        [[t.name, f"{t.median:.3f}", f"{t.p90:.3f}", f"{first / t.median:.2f}x"] for t in timings],
+        left=1,
+    )
+    used = f"{threads} threads" if threads else "all cores"
+    click.echo(f"onnxruntime {onnxruntime.__version__}, {provider}, {used}, {runs} interleaved runs")
+    for one, layers in zip(subjects, profiles, strict=False):
+        click.echo(f"\n{one.name}")
+        total = sum(layer.milliseconds for layer in layers)
+        rows_ = [[layer.name, layer.ops, f"{layer.milliseconds:.3f}", f"{layer.milliseconds / total:.1%}"] for layer in layers]
+        console.table(["layer", "operators", "ms", "share"], rows_, total=["total", "", f"{total:.3f}", ""])
+
+
+COMMANDS = (info, run, export, time_)

@@ -1,0 +1,96 @@
+"""The house keeps its order: every module imports only modules that stand above it in this list."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ORDER = """
+    caffe_proto.errors
+    caffe_proto.files caffe_proto.schema caffe_proto.text caffe_proto.wire
+    lra.linalg lra.decomposition lra.ranks lra.digits
+    lra.schemes.base lra.schemes.cross_filter lra.schemes.spatial lra.schemes
+    caffe_proto.blocks caffe_proto.net caffe_proto.weights
+    caffe_proto.typed caffe_proto.model
+    caffe_proto.layers.emit caffe_proto.layers.spec
+    caffe_proto.layers.conv caffe_proto.layers.dense caffe_proto.layers.ends caffe_proto.layers.norm
+    caffe_proto.layers.pointwise caffe_proto.layers.pool caffe_proto.layers.shape caffe_proto.layers.softmax
+    caffe_proto.layers.indexing caffe_proto.layers.reduce caffe_proto.layers.loss caffe_proto.layers.recurrent
+    caffe_proto.layers
+    caffe_proto.preprocess caffe_proto.graph
+    caffe_proto.shape_inference caffe_proto.costs caffe_proto.binding caffe_proto.rewrite caffe_proto.plan
+    caffe_proto.onnx_export
+    caffe_proto.runtime caffe_proto.latency
+    caffe_proto
+    lra.plan lra.targets lra.styles
+    lra.planner lra.applier
+    lra
+    caffe_proto.console caffe_proto.cli
+    lra.demo lra.cli lra.__main__
+    hrank
+""".split()
+
+# Packages that only these modules may import, wherever in the file: what the main job must not wait for.
+CONFINED = {
+    "onnxruntime": {"caffe_proto.runtime", "caffe_proto.latency", "caffe_proto.cli"},
+    "onnx": {"caffe_proto.onnx_export"},
+    "torch": set(),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the packages by its dotted name."""
+    found = {}
+    for package in ("caffe_proto", "lra", "hrank"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules a file imports anywhere, functions and type checking included."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield inner if inner in known else module
+
+
+def test_every_module_is_in_the_order() -> None:
+    assert sorted(ORDER) == sorted(modules())
+
+
+def test_imports_point_down() -> None:
+    known = modules()
+    place = {name: i for i, name in enumerate(ORDER)}
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in known.items()
+        for other in imported(name, path, known)
+        if other in place and other != name and place[other] > place[name]
+    ]
+    # a package's __init__ offers what its modules do; the modules may use what it defines, lazily
+    assert [line for line in wrong if not line.endswith((" imports caffe_proto", " imports lra"))] == []
+
+
+def test_heavy_packages_are_confined() -> None:
+    known = modules()
+    for heavy, allowed in CONFINED.items():
+        users = {name for name, path in known.items() if heavy in {one.split(".")[0] for one in imported(name, path, known)}}
+        assert users <= allowed, heavy
+
+
+def test_numerics_know_no_caffe() -> None:
+    known = modules()
+    numerics = [name for name in known if name.startswith("lra.schemes") or name in ("lra.linalg", "lra.decomposition", "lra.ranks")]
+    for name in numerics:
+        assert not any(one.startswith("caffe_proto") for one in imported(name, known[name], known)), name
