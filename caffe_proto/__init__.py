@@ -22,7 +22,9 @@ __all__ = ["Model", "cost", "errors", "export_onnx", "load", "save", "session", 
 __version__ = "0.1.0"
 
 
-def shapes(model: Model, input_shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, tuple[int, ...]]:
+def shapes(
+    model: Model, input_shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, tuple[int, ...]]:
     """The shape of every blob; refuses what real Caffe refuses, stored weights that do not fit included."""
     from . import binding
     from .shape_inference import infer

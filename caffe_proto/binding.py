@@ -95,7 +95,12 @@ def _key(shaped: Shaped, index: int, blob: int) -> _Key:
 
 
 def _store(
-    shaped: Shaped, index: int, shapes: Shapes, blobs: Arrays, stored: dict[_Key, np.ndarray], trouble: list[str]
+    shaped: Shaped,
+    index: int,
+    shapes: Shapes,
+    blobs: Arrays,
+    stored: dict[_Key, np.ndarray],
+    trouble: list[str],
 ) -> None:
     name = shaped.graph.nodes[index].name
     if len(blobs) != len(shapes):
@@ -110,7 +115,9 @@ def _store(
 
 def fits(stored: Shape, shape: Shape) -> bool:
     """Whether a stored shape is the wanted one, or its legacy form of four axes with leading 1s."""
-    return stored == shape or (len(stored) == 4 and len(shape) < 4 and stored == (1,) * (4 - len(shape)) + shape)
+    return stored == shape or (
+        len(stored) == 4 and len(shape) < 4 and stored == (1,) * (4 - len(shape)) + shape
+    )
 
 
 def _complain(shaped: Shaped, weights: Weights | None, trouble: list[str], hint: str) -> None:

@@ -22,11 +22,26 @@ if TYPE_CHECKING:
 @click.command()
 @net_argument
 @click.argument("weights", required=False)
-@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True, help="With WEIGHTS: the rank that keeps this share of a layer's energy.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="With WEIGHTS: the rank that keeps this share of a layer's energy.",
+)
 @input_shape_option
 @state_options
 @json_option
-def info(net: str, weights: str | None, energy: float, input_shapes: Any, phase: str, stages: Any, level: int, as_json: bool) -> None:
+def info(
+    net: str,
+    weights: str | None,
+    energy: float,
+    input_shapes: Any,
+    phase: str,
+    stages: Any,
+    level: int,
+    as_json: bool,
+) -> None:
     """Print a row a layer: name, type, output shape, parameters, MACs; and totals.
 
     NET is a prototxt of any dialect. With WEIGHTS (.caffemodel or .caffemodel.h5) also the rank of each
@@ -46,7 +61,13 @@ def info(net: str, weights: str | None, energy: float, input_shapes: Any, phase:
         ranks = _ranks(model, energy, input_shapes)
     if as_json:
         rows = [_layer_json(row, ranks) for row in counted.layers]
-        console.echo_json({"name": model.net.name, "layers": rows, "totals": {"params": counted.params, "macs": counted.macs}})
+        console.echo_json(
+            {
+                "name": model.net.name,
+                "layers": rows,
+                "totals": {"params": counted.params, "macs": counted.macs},
+            }
+        )
         return
     columns = ["layer", "type", "output", "params", "MACs"] + ([f"rank {energy:g}"] if ranks else [])
     rows_ = [_layer_row(row, ranks) for row in counted.layers]
@@ -89,8 +110,17 @@ def _ranks(model: Model, energy: float, input_shapes: Any) -> dict[str, tuple[in
 @click.command()
 @net_argument
 @click.argument("weights")
-@click.option("--input", "inputs", multiple=True, required=True, metavar="X.npy|BLOB=X.npy|IO.npz", help="What to feed; repeatable.")
-@click.option("-o", "--output", required=True, metavar="OUT.npz", help="Where the blobs go: blob name -> float32 array.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    metavar="X.npy|BLOB=X.npy|IO.npz",
+    help="What to feed; repeatable.",
+)
+@click.option(
+    "-o", "--output", required=True, metavar="OUT.npz", help="Where the blobs go: blob name -> float32 array."
+)
 @click.option("--blobs", default="all", show_default=True, help="Blobs to write, separated by commas.")
 @click.option("--compare", metavar="REF.npz", help="Print each blob's error against a dump of another Caffe.")
 @threads_option
@@ -113,22 +143,39 @@ def run(
     with runtime.session(model, names, threads=threads) as opened:  # type: ignore[arg-type]
         results = opened.run(_feeds(inputs, opened.input_names))
     reference = dict(_read_arrays(compare)) if compare else {}
-    with files.writing([output], [net, weights, compare, *(value.rpartition("=")[2] for value in inputs)]) as (temporary,), temporary.open("wb") as file:
+    with (
+        files.writing([output], [net, weights, compare, *(value.rpartition("=")[2] for value in inputs)]) as (
+            temporary,
+        ),
+        temporary.open("wb") as file,
+    ):
         np.savez(file, allow_pickle=False, **results)  # type: ignore[arg-type]
-    errors = {name: runtime.error(array, reference[name]) for name, array in results.items() if name in reference}
+    errors = {
+        name: runtime.error(array, reference[name]) for name, array in results.items() if name in reference
+    }
     if compare and not errors:
         raise UsageError("shares no blob name with the net", path=compare)
     _print_run(results, errors, output, as_json, bool(compare))
 
 
-def _print_run(results: dict[str, np.ndarray], errors: dict[str, float], output: str, as_json: bool, compared: bool) -> None:
+def _print_run(
+    results: dict[str, np.ndarray], errors: dict[str, float], output: str, as_json: bool, compared: bool
+) -> None:
     from .layers.spec import text
 
     if as_json:
-        blobs = {name: {"shape": list(array.shape), "error": _finite(errors.get(name))} for name, array in results.items()}
-        console.echo_json({"output": output, "blobs": blobs, "worst": _finite(max(errors.values(), default=None))})
+        blobs = {
+            name: {"shape": list(array.shape), "error": _finite(errors.get(name))}
+            for name, array in results.items()
+        }
+        console.echo_json(
+            {"output": output, "blobs": blobs, "worst": _finite(max(errors.values(), default=None))}
+        )
         return
-    rows = [[name, text(array.shape), *([f"{errors[name]:.2e}" if name in errors else "-"] if compared else [])] for name, array in results.items()]
+    rows = [
+        [name, text(array.shape), *([f"{errors[name]:.2e}" if name in errors else "-"] if compared else [])]
+        for name, array in results.items()
+    ]
     console.table(["blob", "shape", *(["error"] if compared else [])], rows)
     if errors:
         worst = max(errors, key=lambda name: errors[name])
@@ -174,7 +221,9 @@ def _feeds(items: Sequence[str], names: Sequence[str]) -> dict[str, np.ndarray]:
         elif blob or len(names) == 1:
             feeds[blob or names[0]] = arrays[""]
         else:
-            raise UsageError(f"the net has {len(names)} inputs", path=path, hint=f"say which: {names[0]}={path}")
+            raise UsageError(
+                f"the net has {len(names)} inputs", path=path, hint=f"say which: {names[0]}={path}"
+            )
     return feeds
 
 
@@ -187,7 +236,9 @@ def _feeds(items: Sequence[str], names: Sequence[str]) -> dict[str, np.ndarray]:
 @click.option("--preprocess", is_flag=True, help="Bake in mean and scale of the net's transform_param.")
 @click.option("--mean", metavar="B,G,R|FILE", help="Bake in a mean: numbers, .npy or .binaryproto.")
 @click.option("--scale", type=float, help="Bake in a factor, after the mean.")
-@click.option("--bgr", is_flag=True, help="The images will come as RGB, the net wants BGR: swap the channels.")
+@click.option(
+    "--bgr", is_flag=True, help="The images will come as RGB, the net wants BGR: swap the channels."
+)
 @input_shape_option
 @state_options
 @json_option
@@ -212,12 +263,16 @@ def export(
     inputs = {value.name: _dims(value) for value in made.graph.input}
     outputs = {value.name: _dims(value) for value in made.graph.output}
     if as_json:
-        console.echo_json({"output": output, "nodes": len(made.graph.node), "inputs": inputs, "outputs": outputs})
+        console.echo_json(
+            {"output": output, "nodes": len(made.graph.node), "inputs": inputs, "outputs": outputs}
+        )
         return
     for what, values in (("input", inputs), ("output", outputs)):
         for name, dims in values.items():
             click.echo(f"{what:6}  {name}: {' x '.join(map(str, dims))}")
-    click.echo(f"wrote {output}: {len(made.graph.node)} nodes, {made.ByteSize():,} bytes, opset {onnx_export.OPSET}")
+    click.echo(
+        f"wrote {output}: {len(made.graph.node)} nodes, {made.ByteSize():,} bytes, opset {onnx_export.OPSET}"
+    )
 
 
 def _dims(value: Any) -> list[int | str]:
@@ -241,7 +296,9 @@ def _preprocess(model: Model, own: bool, mean: str | None, scale: float | None, 
     if own:
         found = preprocess.of_net(model.net)
         if found is None:
-            raise UsageError("no layer has a transform_param", path=model.net.path, hint="give --mean and --scale")
+            raise UsageError(
+                "no layer has a transform_param", path=model.net.path, hint="give --mean and --scale"
+            )
         base = found
     return preprocess.Preprocess(
         preprocess.read_mean(mean) if mean is not None else base.mean,
@@ -277,16 +334,24 @@ def time_(
     subjects = [latency.subject(item, batch=batch, seed=seed) for item in models]
     engine = Engine(threads, provider)
     with console.progress("timing", runs) as step:
-        timings = latency.measure(subjects, engine, runs=runs, warmup=warmup, batch=batch, seed=seed, step=step)
+        timings = latency.measure(
+            subjects, engine, runs=runs, warmup=warmup, batch=batch, seed=seed, step=step
+        )
     profiles = [latency.profile(one, engine, batch=batch, seed=seed) for one in subjects] if profile else []
     first = timings[0].median
     if as_json:
         rows: list[dict[str, Any]] = [
-            {"model": t.name, "median_ms": t.median, "p90_ms": t.p90, "ratio": first / t.median} for t in timings
+            {"model": t.name, "median_ms": t.median, "p90_ms": t.p90, "ratio": first / t.median}
+            for t in timings
         ]
         for row, layers in zip(rows, profiles, strict=False):
             row["layers"] = [{"name": one.name, "ops": one.ops, "ms": one.milliseconds} for one in layers]
-        settings = {"threads": threads, "provider": provider, "runs": runs, "onnxruntime": onnxruntime.__version__}
+        settings = {
+            "threads": threads,
+            "provider": provider,
+            "runs": runs,
+            "onnxruntime": onnxruntime.__version__,
+        }
         console.echo_json({"models": rows, **settings})
         return
     console.table(
@@ -299,7 +364,10 @@ def time_(
     for one, layers in zip(subjects, profiles, strict=False):
         click.echo(f"\n{one.name}")
         total = sum(layer.milliseconds for layer in layers)
-        rows_ = [[layer.name, layer.ops, f"{layer.milliseconds:.3f}", f"{layer.milliseconds / total:.1%}"] for layer in layers]
+        rows_ = [
+            [layer.name, layer.ops, f"{layer.milliseconds:.3f}", f"{layer.milliseconds / total:.1%}"]
+            for layer in layers
+        ]
         console.table(["layer", "operators", "ms", "share"], rows_, total=["total", "", f"{total:.3f}", ""])
 
 

@@ -15,15 +15,27 @@ from .errors import Error, UsageError
 from .model import Model, load
 
 net_argument = click.argument("net")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
-threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="onnxruntime threads; 0: all cores.", show_default=True)
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document instead of tables."
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    help="onnxruntime threads; 0: all cores.",
+    show_default=True,
+)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of everything random."
+)
 
 
 def state_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--phase, --stage, --level: which layers of the file exist."""
     for option in (
-        click.option("--level", type=int, default=0, show_default=True, help="Level for min_level/max_level rules."),
+        click.option(
+            "--level", type=int, default=0, show_default=True, help="Level for min_level/max_level rules."
+        ),
         click.option("--stage", "stages", multiple=True, help="Stage that is set; repeatable."),
         click.option("--phase", type=click.Choice(["TEST", "TRAIN"]), default="TEST", show_default=True),
     ):
@@ -65,13 +77,21 @@ def echo_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=1))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 2, total: Sequence[str] | None = None) -> None:
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 2,
+    total: Sequence[str] | None = None,
+) -> None:
     """Print rows under columns; the first ``left`` columns are words, the others figures."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, header_style="bold", show_footer=total is not None, footer_style="bold")
+    made = Table(
+        box=None, pad_edge=False, header_style="bold", show_footer=total is not None, footer_style="bold"
+    )
     for i, column in enumerate(columns):
         footer = total[i] if total is not None else ""
         made.add_column(column, Text(footer), justify="left" if i < left else "right", no_wrap=True)

@@ -51,7 +51,13 @@ class Cost:
 def cost(shaped: Shaped) -> Cost:
     """Count every layer of a graph whose shapes are known; layers without shapes count nothing and say so."""
     owners: set[str] = set()
-    return Cost(tuple(_row(shaped, index, owners) for index, node in enumerate(shaped.graph.nodes) if node.layer.bottoms or node.layer.tops))
+    return Cost(
+        tuple(
+            _row(shaped, index, owners)
+            for index, node in enumerate(shaped.graph.nodes)
+            if node.layer.bottoms or node.layer.tops
+        )
+    )
 
 
 def _row(shaped: Shaped, index: int, owners: set[str]) -> LayerCost:

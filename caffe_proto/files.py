@@ -28,7 +28,9 @@ def writing(paths: Iterable[str | Path], inputs: Iterable[str | Path | None] = (
         for here, there in zip(temporary, targets, strict=True):
             os.replace(here, there)
     except OSError as error:
-        raise FileError(f"cannot be written: {error.strerror or error}", path=error.filename2 or targets[0]) from error
+        raise FileError(
+            f"cannot be written: {error.strerror or error}", path=error.filename2 or targets[0]
+        ) from error
     finally:
         for path in temporary:
             with suppress(FileNotFoundError):
@@ -49,11 +51,15 @@ def _refuse(target: Path, sources: list[Path], others: list[Path]) -> None:
         raise UsageError("is a folder, a file was to be written", path=target, hint="give a file name")
     folder = target.parent
     if not folder.is_dir():
-        raise FileError(f"cannot be written: there is no folder {str(folder)!r}", path=target, hint="make it first")
+        raise FileError(
+            f"cannot be written: there is no folder {str(folder)!r}", path=target, hint="make it first"
+        )
     if any(target.name == other.name and folder.samefile(other.parent) for other in others):
         raise UsageError("is to be written twice", path=target, hint="give each output a name of its own")
     if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
-        raise UsageError("would be overwritten, and it is an input", path=target, hint="choose another output name")
+        raise UsageError(
+            "would be overwritten, and it is an input", path=target, hint="choose another output name"
+        )
 
 
 def read_text(path: str | Path) -> str:

@@ -154,7 +154,9 @@ class _Builder:
         """The value a blob name holds now; a view of its memory where that was rewritten under another name."""
         blob = self.blobs.get(name)
         if blob is None:
-            raise NetError(f'bottom "{name}" is written by no layer above', hint=nearest(name, list(self.blobs)))
+            raise NetError(
+                f'bottom "{name}" is written by no layer above', hint=nearest(name, list(self.blobs))
+            )
         if blob.version != blob.memory.version:
             like = self.nodes[blob.value.node].layer
             view = replace(like, name=f"{name}{VIEW}", type=VIEW, bottoms=(), tops=(name,))
@@ -171,7 +173,9 @@ class _Builder:
             return False
         before = self.nodes[self.blobs[name].value.node].layer.name
         if top >= len(layer.bottoms) or layer.bottoms[top] != name:
-            raise NetError(f'top "{name}" is already written by layer "{before}"', hint="give it another name")
+            raise NetError(
+                f'top "{name}" is already written by layer "{before}"', hint="give it another name"
+            )
         if inputs[top] in self.readers or inputs.count(inputs[top]) > 1:
             reader = self.readers.get(inputs[top], layer.name)
             raise NetError(
@@ -210,7 +214,9 @@ def _check_loss_weights(weights: int, tops: int, loss: bool) -> None:
     """None, or one for each top. A loss has at least one top, maybe unnamed, and at least the loss_weight 1."""
     wanted, found = (max(tops, 1), max(weights, 1)) if loss else (tops, weights or tops)
     if wanted != found:
-        raise NetError(f"loss_weight must be given for each top or not at all: {wanted} tops, {found} loss_weight")
+        raise NetError(
+            f"loss_weight must be given for each top or not at all: {wanted} tops, {found} loss_weight"
+        )
 
 
 def build(net: Net) -> Graph:

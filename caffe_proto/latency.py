@@ -93,18 +93,30 @@ def _runner(one: Subject, engine: Engine, batch: int | None, seed: int, prefix: 
     return _Runner(one.name, lambda: ort.run(names, feeds), ort)
 
 
-def _feeds(one: Subject, ort: onnxruntime.InferenceSession, batch: int | None, seed: int) -> dict[str, np.ndarray]:
+def _feeds(
+    one: Subject, ort: onnxruntime.InferenceSession, batch: int | None, seed: int
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     feeds = {}
     for value in ort.get_inputs():
         if value.type not in _DTYPES:
-            raise UsageError(f'input "{value.name}" is a {value.type}, which cannot be made up', path=one.name)
+            raise UsageError(
+                f'input "{value.name}" is a {value.type}, which cannot be made up', path=one.name
+            )
         shape = []
         for axis, dim in enumerate(value.shape):
             if isinstance(dim, int) and axis == 0 and batch is not None and dim != batch:
-                raise UsageError(f'input "{value.name}" has a fixed batch of {dim}', path=one.name, hint="export it with --batch dynamic")
+                raise UsageError(
+                    f'input "{value.name}" has a fixed batch of {dim}',
+                    path=one.name,
+                    hint="export it with --batch dynamic",
+                )
             if not isinstance(dim, int) and axis > 0:
-                raise UsageError(f'input "{value.name}" leaves axis {axis} open', path=one.name, hint="export it with a fixed size to time it")
+                raise UsageError(
+                    f'input "{value.name}" leaves axis {axis} open',
+                    path=one.name,
+                    hint="export it with a fixed size to time it",
+                )
             shape.append(dim if isinstance(dim, int) else batch or 1)
         feeds[value.name] = rng.uniform(0, 1, shape).astype(_DTYPES[value.type])
     return feeds
@@ -142,7 +154,9 @@ def measure(
     ]
 
 
-def profile(one: Subject, engine: Engine, *, runs: int = 20, batch: int | None = None, seed: int = 0) -> list[LayerTime]:
+def profile(
+    one: Subject, engine: Engine, *, runs: int = 20, batch: int | None = None, seed: int = 0
+) -> list[LayerTime]:
     """Time by layer in execution order, as onnxruntime's own profiler counts it.
 
     A fused node counts for the layer whose operator leads it; nodes that onnxruntime adds keep their names.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from . import files, text
+from . import files, schema, text
 from .errors import NetError, PrototxtError, UsageError
 from .text import Document, Field, Message
 
@@ -86,6 +86,8 @@ class Layer:
         message = self.message
         if self.dialect == "V2":
             return tuple(_param_spec(spec) for spec in message.messages("param"))
+        if self.dialect == "V0":
+            message = next(message.messages("layer"), message)
         names, modes = message.strings("param"), message.strings("blob_share_mode")
         rates, decays = message.strings("blobs_lr"), message.strings("weight_decay")
         count = max(len(names), len(rates), len(decays))
@@ -104,7 +106,9 @@ class Layer:
         include = tuple(self.message.messages("include"))
         exclude = tuple(self.message.messages("exclude"))
         if include and exclude:
-            raise NetError("has both include and exclude rules; Caffe takes one kind", line=self.line, layer=self.name)
+            raise NetError(
+                "has both include and exclude rules; Caffe takes one kind", line=self.line, layer=self.name
+            )
         if include:
             return any(state.meets(rule) for rule in include)
         return not any(state.meets(rule) for rule in exclude)
@@ -205,38 +209,48 @@ class Net:
         if not shapes:
             dims = root.strings("input_dim")
             if len(dims) % 4:
-                raise NetError(f"{len(dims)} input_dim values; Caffe takes four for each input", path=self.path, line=line)
+                raise NetError(
+                    f"{len(dims)} input_dim values; Caffe takes four for each input",
+                    path=self.path,
+                    line=line,
+                )
             shapes = [dims[i : i + 4] for i in range(0, len(dims), 4)]
         if not shapes:
             raise NetError(
                 f'input "{names[0]}" has no shape: neither input_shape nor input_dim',
                 path=self.path,
                 line=line,
-                hint='add input_shape { dim: 1 dim: 3 dim: 224 dim: 224 } to the file',
+                hint="add input_shape { dim: 1 dim: 3 dim: 224 dim: 224 } to the file",
             )
         block = " ".join(f"shape {{ {' '.join(f'dim: {dim}' for dim in dims)} }}" for dims in shapes)
-        made = text.parse(f"input_param {{ {block} }}", self.path)
+        made = text.parse(
+            "\n" * (line - 1) + f"input_param {{ {block} }}", self.path
+        )  # on the line of the first input
         span = (first.start, first.end)
-        return Layer("input", "Input", (), names, made.root, span, line, "V2", self.document)
+        return Layer("input", "Input", (), names, made.root, span, line, "V2", made)
 
     def layer(self, name: str) -> Layer:
         """The layer of that name in ``state``; raises NetError, naming the nearest names, where there is none."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise NetError(f'there is no layer "{name}"', path=self.path, hint=nearest(name, [x.name for x in self.layers]))
+        raise NetError(
+            f'there is no layer "{name}"', path=self.path, hint=nearest(name, [x.name for x in self.layers])
+        )
 
     def _layers(self, field_name: str) -> Iterator[Layer]:
         for found in self.document.root.all(field_name):
             if not isinstance(found.value, Message):
-                raise PrototxtError(f"{field_name} is no block", path=self.path, line=self.document.line(found.start))
+                raise PrototxtError(
+                    f"{field_name} is no block", path=self.path, line=self.document.line(found.start)
+                )
             yield self._layer(found, found.value)
 
     def _layer(self, found: Field, message: Message) -> Layer:
         kind, name = message.string("type"), message.string("name")
         dialect = self.dialect
         if dialect == "V1":
-            kind = V1_TYPES.get(kind, kind)
+            kind = _v1_type(kind)
         elif dialect == "V0":
             inner = next(message.messages("layer"), message)
             kind, name = inner.string("type"), inner.string("name")
@@ -251,6 +265,16 @@ class Net:
             dialect,
             self.document,
         )
+
+
+def _v1_type(kind: str) -> str:
+    """The V2 type of a V1 enumerator, given by name or by number; a fork's enumerator as it stands."""
+    if kind.isdigit():
+        numbers = {
+            str(number): name for name, number in schema.enum_values("V1LayerParameter.LayerType").items()
+        }
+        kind = numbers.get(kind, kind)
+    return V1_TYPES.get(kind, kind)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

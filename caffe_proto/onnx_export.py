@@ -90,7 +90,9 @@ def draw(model: Model, request: Request) -> Export:
         blobs = binding.bind(_only(shaped, needed), model.weights)
     else:
         blobs = binding.random(shaped, request.random_seed)
-    return _Writer(built, shaped, dynamic, blobs, needed, names, request.preprocess).write(model.net.name or "net")
+    return _Writer(built, shaped, dynamic, blobs, needed, names, request.preprocess).write(
+        model.net.name or "net"
+    )
 
 
 def _asked(built: Graph, outputs: Iterable[str] | None) -> list[str]:
@@ -100,7 +102,9 @@ def _asked(built: Graph, outputs: Iterable[str] | None) -> list[str]:
     names = list(dict.fromkeys(outputs))
     for name in names:
         if name not in built.final:
-            raise UsageError(f'there is no blob "{name}"', path=built.path, hint=nearest(name, list(built.final)))
+            raise UsageError(
+                f'there is no blob "{name}"', path=built.path, hint=nearest(name, list(built.final))
+            )
     return names
 
 
@@ -130,7 +134,9 @@ def _dynamic(
     if not axes:
         return {value: (False,) * len(shape) for value, shape in shaped.shapes.items()}
     doubled = {
-        name: tuple(2 * dim if i in axes and (i == 0 or len(shape) == 4) else dim for i, dim in enumerate(shape))
+        name: tuple(
+            2 * dim if i in axes and (i == 0 or len(shape) == 4) else dim for i, dim in enumerate(shape)
+        )
         for name, shape in sources.items()
     }
     other = shape_inference.infer(built, doubled, partial=True)
@@ -138,7 +144,9 @@ def _dynamic(
         what = "height and width" if request.dynamic_hw else "the batch"
         problem = other.unknown[index]
         text = f"{what} cannot be left open: {problem.message}"
-        raise ShapeError(text, path=problem.path, line=problem.line, layer=problem.layer, hint="export fixed sizes")
+        raise ShapeError(
+            text, path=problem.path, line=problem.line, layer=problem.layer, hint="export fixed sizes"
+        )
     return {
         value: tuple(a != b for a, b in zip(shape, other.shapes[value], strict=True))
         if value in other.shapes and len(other.shapes[value]) == len(shape)
@@ -285,14 +293,16 @@ class _Writer:
             return False
         e = self._emitter(index, (total.source,))
         arrays = (total.scale, total.shift, np.zeros_like(scale), np.ones_like(scale))
-        constants = (e.const(array, suffix) for array, suffix in zip(arrays, ("scale", "shift", "zero", "one"), strict=True))
+        constants = (
+            e.const(array, suffix)
+            for array, suffix in zip(arrays, ("scale", "shift", "zero", "one"), strict=True)
+        )
         e.node("BatchNormalization", e.inputs[0], *constants, to=e.outputs[0], epsilon=0.0)
         return True
 
 
 def to_onnx(export: Export) -> onnx.ModelProto:
     """The records as an ONNX model."""
-    import onnx
     from onnx import helper, numpy_helper
 
     inputs = [_value_info(export, name) for name in export.inputs.values()]

@@ -47,9 +47,18 @@ class BasePlan(Generic[Entry]):
         """The file's text: deterministic, one layer a line."""
         head = {"caffe-lra plan": VERSION, "net": self.net, "weights": self.weights, "target": self.target}
         lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-        layers = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry.to_dict())}" for name, entry in self.layers.items())
+        layers = ",\n".join(
+            f"  {json.dumps(name)}: {json.dumps(entry.to_dict())}" for name, entry in self.layers.items()
+        )
         kept = ",\n".join(f"  {json.dumps(name)}: {json.dumps(reason)}" for name, reason in self.kept.items())
-        body = [' "layers": {', *([layers] if layers else []), " },", ' "kept": {', *([kept] if kept else []), " }"]
+        body = [
+            ' "layers": {',
+            *([layers] if layers else []),
+            " },",
+            ' "kept": {',
+            *([kept] if kept else []),
+            " }",
+        ]
         return "\n".join(["{", *lines, *body, "}", ""])
 
     def check(self, model: Model, *, force: bool = False) -> None:

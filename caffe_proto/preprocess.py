@@ -28,12 +28,16 @@ class Preprocess:
         if self.mean is None:
             return None
         if len(shape) != 4 or self.mean.shape[0] not in (1, shape[1]):
-            raise UsageError(f"a mean of shape {text(self.mean.shape)} does not fit an input of {text(shape)}")
+            raise UsageError(
+                f"a mean of shape {text(self.mean.shape)} does not fit an input of {text(shape)}"
+            )
         if self.mean.ndim == 1:
             return self.mean.reshape(1, -1, 1, 1)
         top, left = (int(have - want) // 2 for have, want in zip(self.mean.shape[1:], shape[2:], strict=True))
         if top < 0 or left < 0:
-            raise UsageError(f"the mean image {text(self.mean.shape)} is smaller than the input {text(shape)}")
+            raise UsageError(
+                f"the mean image {text(self.mean.shape)} is smaller than the input {text(shape)}"
+            )
         return self.mean[None, :, top : top + shape[2], left : left + shape[3]]
 
 
@@ -47,7 +51,11 @@ def read_mean(value: str) -> np.ndarray:
     except ValueError:
         pass
     if not Path(value).exists():
-        raise FileError("no such mean file, and no list of numbers", path=value, hint="give 104,117,123, a .npy or a .binaryproto")
+        raise FileError(
+            "no such mean file, and no list of numbers",
+            path=value,
+            hint="give 104,117,123, a .npy or a .binaryproto",
+        )
     if value.endswith(".npy"):
         try:
             mean = np.load(value, allow_pickle=False)
@@ -73,7 +81,9 @@ def _binaryproto(path: str) -> np.ndarray:
     data = np.array(blob.data, np.float32)  # type: ignore[attr-defined]
     shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)  # type: ignore[attr-defined]
     if data.size != np.prod(shape) or not data.size:
-        raise FileError(f"holds {data.size:,} numbers for shape {text(shape)}; it is no Caffe mean file", path=path)
+        raise FileError(
+            f"holds {data.size:,} numbers for shape {text(shape)}; it is no Caffe mean file", path=path
+        )
     return data.reshape(shape[-3:])
 
 

@@ -96,7 +96,11 @@ def apply(model: Model, edits: Sequence[Replace]) -> Model:
         written = {layer.name: layer for layer in changed.all_layers}
         v1 = weights.dialect.name == "V1"
         stored = {
-            edit.layer: [NewEntry(new.name, new.blobs, definition(written[new.name], new.block, v1)) for new in edit.new if new.blobs]
+            edit.layer: [
+                NewEntry(new.name, new.blobs, definition(written[new.name], new.block, v1))
+                for new in edit.new
+                if new.blobs
+            ]
             for edit in edits
         }
         weights = weights.replace(stored)
@@ -124,7 +128,17 @@ def _copy(layer: Layer, new: NewLayer, start: int, end: int) -> str:
     if inner is None or not isinstance(inner.value, Message):
         raise NetError(f"has no {new.block}", line=layer.line, layer=layer.name)
     for name, values in sorted(new.settings.items(), key=lambda item: bool(item[1])):  # removals first
-        after = ("num_output", "kernel_size", "kernel_h", "kernel_w", "pad", "pad_h", "pad_w", "stride", "stride_h")
+        after = (
+            "num_output",
+            "kernel_size",
+            "kernel_h",
+            "kernel_w",
+            "pad",
+            "pad_h",
+            "pad_w",
+            "stride",
+            "stride_h",
+        )
         block.set(inner.value, name, values, after)
     return block.text()
 
@@ -162,7 +176,7 @@ def _param_lists(block: Block, layer: Layer, new: NewLayer) -> None:
         if name == "param" and values and new.rename_weight:
             values[0] = quote(layer.param_specs[0].name + new.rename_weight)
         if name == "blobs_lr" and new.freeze_bias:
-            values = [*(values or ["1"]), "0"][:1] + ["0"]
+            values = [values[0] if values else "1", "0"]
         block.set(layer.message, name, values[: new.params], ("top",))
 
 

@@ -47,7 +47,9 @@ def options(engine: Engine) -> onnxruntime.SessionOptions:
     return made
 
 
-def open_onnx(source: bytes | str, engine: Engine, profile_prefix: str | None = None) -> onnxruntime.InferenceSession:
+def open_onnx(
+    source: bytes | str, engine: Engine, profile_prefix: str | None = None
+) -> onnxruntime.InferenceSession:
     """A session over ONNX bytes or an ONNX file; raises UsageError where the provider is not active."""
     name = PROVIDERS.get(engine.provider)
     if name is None:
@@ -76,7 +78,9 @@ class _Compiled:
 class Session:
     """Forward passes of one model. A context manager; compiled once for each set of input shapes."""
 
-    def __init__(self, model: Model, request: Request, blobs: Literal["all"] | Iterable[str] | None, engine: Engine) -> None:
+    def __init__(
+        self, model: Model, request: Request, blobs: Literal["all"] | Iterable[str] | None, engine: Engine
+    ) -> None:
         self.model = model
         self.engine = engine
         self.graph = graph.build(model.net)
@@ -121,7 +125,10 @@ class Session:
         return {name: results[name] if name in results else arrays[name].copy() for name in order}
 
     def _compile(self, arrays: dict[str, np.ndarray]) -> _Compiled:
-        shapes = {**(self.request.input_shapes or {}), **{name: array.shape for name, array in arrays.items()}}
+        shapes = {
+            **(self.request.input_shapes or {}),
+            **{name: array.shape for name, array in arrays.items()},
+        }
         self._check_axes(arrays)
         names = self.request.outputs
         if names is not None:  # a source that nobody rewrote is its own output
@@ -129,7 +136,9 @@ class Session:
         export = draw(self.model, replace(self.request, input_shapes=shapes, outputs=names, batch=None))
         if not export.outputs:
             return _Compiled(None, {name: name for name in self.sources if name in arrays}, {})
-        return _Compiled(open_onnx(to_onnx(export).SerializeToString(), self.engine), export.inputs, export.outputs)
+        return _Compiled(
+            open_onnx(to_onnx(export).SerializeToString(), self.engine), export.inputs, export.outputs
+        )
 
     def _check_axes(self, arrays: dict[str, np.ndarray]) -> None:
         """A clear word where an array has another number of axes than the net declares."""
@@ -139,7 +148,9 @@ class Session:
             return
         for name, array in arrays.items():
             if array.ndim != len(declared[name]):
-                raise ShapeError(f'input "{name}" has shape {text(array.shape)}, the net declares {text(declared[name])}')
+                raise ShapeError(
+                    f'input "{name}" has shape {text(array.shape)}, the net declares {text(declared[name])}'
+                )
 
 
 def session(

@@ -76,7 +76,9 @@ def _tops(shaped: Shaped, index: int, node: Node, given: dict[str, Shape]) -> Sh
         return tuple(tuple(given[name]) for name in names)
     if node.spec.source and any(name in given for name in names):
         own = _own_source_shapes(node)
-        return tuple(tuple(given[name]) if name in given else shape for name, shape in zip(names, own, strict=True))
+        return tuple(
+            tuple(given[name]) if name in given else shape for name, shape in zip(names, own, strict=True)
+        )
     bottoms = shaped.bottoms(index)
     tops = node.spec.infer(node.params, bottoms)
     learnt = node.spec.blobs(node.params, bottoms)

@@ -110,10 +110,7 @@ class Message:
 
     def last(self, name: str) -> Field | None:
         """The field of that name that counts, or None."""
-        found = None
-        for found in self.all(name):
-            pass
-        return found
+        return next((field for field in reversed(self.fields) if field.name == name), None)
 
     def messages(self, name: str) -> Iterator[Message]:
         """The values of the fields of that name that are messages."""
@@ -207,7 +204,10 @@ class _Reader:
             if token.kind == "end":
                 if closing:
                     line = self.text.count("\n", 0, opened) + 1
-                    raise self.fail(f"the file ends inside the block opened on line {line}: missing {closing!r}", token.start)
+                    raise self.fail(
+                        f"the file ends inside the block opened on line {line}: missing {closing!r}",
+                        token.start,
+                    )
                 return tuple(found)
             if token.kind == "punct" and token.text in "}>":
                 if token.text == closing:
@@ -262,7 +262,10 @@ class _Reader:
         values: list[Scalar | Message] = []
         while not self.accept("]"):
             if values and not self.accept(","):
-                raise self.fail(f"in the list of {name!r} expected ',' or ']', found {self.token.text!r}", self.token.start)
+                raise self.fail(
+                    f"in the list of {name!r} expected ',' or ']', found {self.token.text!r}",
+                    self.token.start,
+                )
             is_message = self.token.kind == "punct" and self.token.text in _CLOSING
             values.append(self.message() if is_message else self.scalar(name))
         return values
@@ -272,7 +275,9 @@ class _Reader:
         if first.kind == "string":
             while self.token.kind == "string":
                 self.take()
-            return Scalar("string", self.text[first.start : self.previous_end], first.start, self.previous_end)
+            return Scalar(
+                "string", self.text[first.start : self.previous_end], first.start, self.previous_end
+            )
         if first.kind == "punct" and first.text == "-" and self.token.kind in ("number", "name"):
             value = self.take()
             return Scalar(value.kind, "-" + value.text, first.start, value.end)

@@ -28,7 +28,12 @@ _KINDS = {
     1: "double", 2: "float", 3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string",
     11: "message", 12: "bytes", 13: "uint32", 14: "enum",
 }  # fmt: skip
-_INTEGERS = {"int32": (-(2**31), 2**31), "int64": (-(2**63), 2**63), "uint32": (0, 2**32), "uint64": (0, 2**64)}
+_INTEGERS = {
+    "int32": (-(2**31), 2**31),
+    "int64": (-(2**63), 2**63),
+    "uint32": (0, 2**32),
+    "uint64": (0, 2**64),
+}
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,8 @@ def check(typed: Typed, understood: frozenset[str] = frozenset()) -> None:
             raise UnsupportedError(f'{typed.type_name} has no field "{field.name}"', line=line, hint=hint)
         if info.fork and field.name not in understood and not is_harmless(typed.type_name, field.name):
             raise UnsupportedError(
-                f'"{field.name}" of {typed.type_name} is a field of the {info.fork} fork that is not interpreted', line=line
+                f'"{field.name}" of {typed.type_name} is a field of the {info.fork} fork that is not interpreted',
+                line=line,
             )
         if not info.repeated and field.name in seen:
             raise NetError(f'"{field.name}" is given twice; Caffe takes it once', line=line)

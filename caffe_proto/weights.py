@@ -148,7 +148,12 @@ class Weights(Mapping[str, Blobs]):
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], *, path: str | None = None, dialect: Dialect = V2, changed: bool = False
+        self,
+        pieces: Sequence[Piece],
+        *,
+        path: str | None = None,
+        dialect: Dialect = V2,
+        changed: bool = False,
     ) -> None:
         self.pieces = tuple(pieces)
         self.path = path
@@ -203,7 +208,11 @@ class Weights(Mapping[str, Blobs]):
                 continue
             _write_span(file, run)
             run = None
-            entry = piece if isinstance(piece, NewEntry) else NewEntry(piece.name, piece.blobs, dialect=self.dialect)
+            entry = (
+                piece
+                if isinstance(piece, NewEntry)
+                else NewEntry(piece.name, piece.blobs, dialect=self.dialect)
+            )
             entry.write(file)
         _write_span(file, run)
 
@@ -292,7 +301,9 @@ def _broken(buffer: mmap.mmap, layers: int, error: WireError) -> str:
     return f"no caffemodel, or one cut off in its first layer: at byte {offset:,} of {len(buffer):,}, {error}"
 
 
-def _layer(buffer: mmap.mmap, field: wire.WireField, dialect: Dialect) -> tuple[str, tuple[tuple[int, int], ...]]:
+def _layer(
+    buffer: mmap.mmap, field: wire.WireField, dialect: Dialect
+) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Name and blob spans of one layer message, V0's nested form included."""
     name = ""
     spans: list[tuple[int, int]] = []
@@ -405,5 +416,7 @@ def _load_hdf5(path: str | Path) -> Weights:
         raise CaffemodelError(f"truncated or damaged HDF5 file ({error})", path=path) from error
     if not found:
         raise CaffemodelError("holds no layer under /data; it is no Caffe weight file", path=path)
-    entries = [Hdf5Entry(name, tuple(blobs[i] for i in sorted(blobs)), str(path)) for name, blobs in found.items()]
+    entries = [
+        Hdf5Entry(name, tuple(blobs[i] for i in sorted(blobs)), str(path)) for name, blobs in found.items()
+    ]
     return Weights(entries, path=str(path))

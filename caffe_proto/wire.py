@@ -72,7 +72,9 @@ def fields(buffer: Buffer, start: int, end: int) -> Iterator[WireField]:
         if number == 0:
             raise WireError("field number 0", first)
         if stop > end:
-            raise WireError(f"field {number} needs {stop - position:,} bytes, {end - position:,} are left", first)
+            raise WireError(
+                f"field {number} needs {stop - position:,} bytes, {end - position:,} are left", first
+            )
         yield WireField(number, kind, first, position, stop, value)
         position = stop
 

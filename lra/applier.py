@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from caffe_proto.costs import cost as count
@@ -14,6 +14,7 @@ from caffe_proto.rewrite import Namer, Replace
 from caffe_proto.rewrite import apply as rewrite
 from caffe_proto.shape_inference import InputShapes, infer
 
+from .decomposition import Step, StepShape
 from .plan import LayerPlan, Plan
 from .schemes import SCHEMES
 from .styles import STYLES, new_layers
@@ -85,10 +86,14 @@ def _target(found: Found, name: str) -> Target:
     )
 
 
-def _steps(found: Found, spectra: Spectra, target: Target, entry: LayerPlan) -> tuple[tuple, float | None]:  # type: ignore[type-arg]
+def _steps(
+    found: Found, spectra: Spectra, target: Target, entry: LayerPlan
+) -> tuple[Sequence[Step | StepShape], float | None]:
     """The chain of a layer, with numbers where the model has weights, and its relative error."""
     if entry.scheme not in SCHEMES or len(entry.ranks) != 1:
-        raise PlanError(f"{entry.scheme!r} with ranks {list(entry.ranks)} is no scheme of this program", layer=target.name)
+        raise PlanError(
+            f"{entry.scheme!r} with ranks {list(entry.ranks)} is no scheme of this program", layer=target.name
+        )
     scheme, (rank,) = SCHEMES[entry.scheme], entry.ranks
     try:
         if target.index not in found.blobs:
@@ -116,7 +121,16 @@ def _report(
         entry, target = plan.layers[edit.layer], found.targets[edit.layer]
         full = SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
         made = sum(macs[new.name].macs for new in edit.new)
-        rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, (before.by_layer[edit.layer].macs, made), errors[edit.layer]))
+        rows.append(
+            Row(
+                edit.layer,
+                entry.scheme,
+                entry.ranks,
+                full,
+                (before.by_layer[edit.layer].macs, made),
+                errors[edit.layer],
+            )
+        )
     return Report(
         tuple(rows),
         (before.macs, after.macs),

@@ -12,7 +12,14 @@ import click
 import caffe_proto
 from caffe_proto import console
 from caffe_proto.cli import COMMANDS as CAFFE_COMMANDS
-from caffe_proto.console import input_shape_option, json_option, net_argument, seed_option, state_options, threads_option
+from caffe_proto.console import (
+    input_shape_option,
+    json_option,
+    net_argument,
+    seed_option,
+    state_options,
+    threads_option,
+)
 from caffe_proto.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +42,9 @@ def _numbers(value: str | None) -> list[int] | None:
     try:
         return [int(one) for one in value.split(",")]
     except ValueError:
-        raise UsageError(f"--ranks {value!r} is no list of whole numbers", hint="for example 13,21,27") from None
+        raise UsageError(
+            f"--ranks {value!r} is no list of whole numbers", hint="for example 13,21,27"
+        ) from None
 
 
 def _names(values: Sequence[str]) -> list[str]:
@@ -65,23 +74,65 @@ def _names(values: Sequence[str]) -> list[str]:
 @cli.command()
 @net_argument
 @click.argument("weights")
-@click.option("-o", "--output", "prefix", metavar="PREFIX", help="Writes PREFIX.prototxt, PREFIX.caffemodel, PREFIX.plan.json.")
-@click.option("--scheme", type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial"]), default="auto", show_default=True, help="auto: pca or spatial, by layer, the cheaper at equal energy.")
+@click.option(
+    "-o",
+    "--output",
+    "prefix",
+    metavar="PREFIX",
+    help="Writes PREFIX.prototxt, PREFIX.caffemodel, PREFIX.plan.json.",
+)
+@click.option(
+    "--scheme",
+    type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial"]),
+    default="auto",
+    show_default=True,
+    help="auto: pca or spatial, by layer, the cheaper at equal energy.",
+)
 @click.option("--fc/--no-fc", default=False, show_default=True, help="Fully connected layers too.")
-@click.option("--except", "except_", multiple=True, metavar="NAME|FILE.json", help="Leave this layer alone; repeatable.")
+@click.option(
+    "--except", "except_", multiple=True, metavar="NAME|FILE.json", help="Leave this layer alone; repeatable."
+)
 @click.option("--only", multiple=True, metavar="NAME|FILE.json", help="Touch only these layers; repeatable.")
 @click.option("--speedup", type=float, help="MACs before / after.")
 @click.option("--energy", type=float, help="Energy that every layer keeps, 0 to 1: |W-W'|² <= (1-E)|W|².")
 @click.option("--ranks", metavar="a,b,c", help="One total rank for each eligible layer, in net order.")
-@click.option("--rank-config", metavar="FILE.json", help='{"conv1": 8, "conv2": {"scheme": "spatial", "rank": 40}}; a bare rank means --scheme, or pca.')
+@click.option(
+    "--rank-config",
+    metavar="FILE.json",
+    help='{"conv1": 8, "conv2": {"scheme": "spatial", "rank": 40}}; a bare rank means --scheme, or pca.',
+)
 @click.option("--plan", "plan_file", metavar="FILE.plan.json", help="Apply a plan made before.")
-@click.option("--scope", type=click.Choice(["all", "conv"]), default="all", show_default=True, help="What --speedup counts: the whole net or its convolutions.")
-@click.option("--round-to", type=click.IntRange(1), default=1, show_default=True, help="Ranks are multiples of this where that fits.")
-@click.option("--even-if-slower", is_flag=True, help="Also split layers that get more expensive by it (full-rank nets).")
-@click.option("--style", type=click.Choice(["default", "wen", "tai", "he"]), default="default", show_default=True, help="Layer names, bias and filler rules of the published tools.")
+@click.option(
+    "--scope",
+    type=click.Choice(["all", "conv"]),
+    default="all",
+    show_default=True,
+    help="What --speedup counts: the whole net or its convolutions.",
+)
+@click.option(
+    "--round-to",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks are multiples of this where that fits.",
+)
+@click.option(
+    "--even-if-slower", is_flag=True, help="Also split layers that get more expensive by it (full-rank nets)."
+)
+@click.option(
+    "--style",
+    type=click.Choice(["default", "wen", "tai", "he"]),
+    default="default",
+    show_default=True,
+    help="Layer names, bias and filler rules of the published tools.",
+)
 @click.option("--force", is_flag=True, help="Apply a plan to other files than it was made for.")
 @click.option("--plan-only", is_flag=True, help="Print the plan and change nothing.")
-@click.option("--compare", metavar="X.npy|random", help="Run both nets on this input and print how far their outputs are apart.")
+@click.option(
+    "--compare",
+    metavar="X.npy|random",
+    help="Run both nets on this input and print how far their outputs are apart.",
+)
 @click.option("--onnx", is_flag=True, help="Also write PREFIX.onnx.")
 @click.option("--time", "time_it", is_flag=True, help="Also time both nets with onnxruntime.")
 @threads_option
@@ -145,12 +196,20 @@ class _Decompose:
             if self.plan_only:
                 self._print_plan(plan)
                 return
-            changed, report = apply(plan, model, force=self.force, input_shapes=self.input_shapes, found=found, spectra=spectra)
+            changed, report = apply(
+                plan, model, force=self.force, input_shapes=self.input_shapes, found=found, spectra=spectra
+            )
         files = self._write(changed, plan)
         self._finish(model, plan, report, files)
 
     def _check(self) -> None:
-        amounts = {"--speedup": self.speedup, "--energy": self.energy, "--ranks": self.ranks, "--rank-config": self.rank_config, "--plan": self.plan_file}
+        amounts = {
+            "--speedup": self.speedup,
+            "--energy": self.energy,
+            "--ranks": self.ranks,
+            "--rank-config": self.rank_config,
+            "--plan": self.plan_file,
+        }
         given = [name for name, value in amounts.items() if value is not None]
         if len(given) != 1:
             found = " and ".join(given) + " are given" if given else "no amount is given"
@@ -195,7 +254,9 @@ class _Decompose:
         from caffe_proto import files
 
         if self.prefix is not None:
-            with files.writing([f"{self.prefix}.plan.json"], [self.net, self.weights, self.plan_file]) as (temporary,):
+            with files.writing([f"{self.prefix}.plan.json"], [self.net, self.weights, self.plan_file]) as (
+                temporary,
+            ):
                 temporary.write_text(plan.to_json())
         click.echo(plan.to_json(), nl=False)
 
@@ -205,10 +266,19 @@ class _Decompose:
         from caffe_proto.model import write_weights
         from caffe_proto.onnx_export import Request, export_onnx
 
-        names = {"prototxt": f"{self.prefix}.prototxt", "caffemodel": f"{self.prefix}.caffemodel", "plan": f"{self.prefix}.plan.json"}
+        names = {
+            "prototxt": f"{self.prefix}.prototxt",
+            "caffemodel": f"{self.prefix}.caffemodel",
+            "plan": f"{self.prefix}.plan.json",
+        }
         if self.onnx:
             names["onnx"] = f"{self.prefix}.onnx"
-        inputs = [self.net, self.weights, self.rank_config, *(() if self.plan_file == names["plan"] else (self.plan_file,))]
+        inputs = [
+            self.net,
+            self.weights,
+            self.rank_config,
+            *(() if self.plan_file == names["plan"] else (self.plan_file,)),
+        ]
         with files.writing(names.values(), inputs) as temporary:
             temporary[0].write_bytes(files.text_bytes(changed.net.text))
             assert changed.weights is not None
@@ -225,7 +295,9 @@ class _Decompose:
         from caffe_proto.graph import build
         from caffe_proto.shape_inference import infer
 
-        written = console.load_model(files["prototxt"], files["caffemodel"], self.phase, self.stages, self.level)
+        written = console.load_model(
+            files["prototxt"], files["caffemodel"], self.phase, self.stages, self.level
+        )
         after = cost(infer(build(written.net), self.input_shapes, partial=True))
         if after.macs != report.macs[1] or after.params != report.params[1]:
             raise AssertionError("the written files do not cost what was planned")
@@ -253,15 +325,24 @@ class _Decompose:
             reference = opened.run(feeds)
         with runtime.session(written, threads=self.threads, input_shapes=self.input_shapes) as opened:
             results = opened.run(feeds)
-        norms = {name: (np.linalg.norm(results[name] - array), np.linalg.norm(array)) for name, array in reference.items()}
-        return {name: float(difference / norm) if norm else float(difference) for name, (difference, norm) in norms.items()}
+        norms = {
+            name: (np.linalg.norm(results[name] - array), np.linalg.norm(array))
+            for name, array in reference.items()
+        }
+        return {
+            name: float(difference / norm) if norm else float(difference)
+            for name, (difference, norm) in norms.items()
+        }
 
     def _times(self, files: dict[str, str]) -> list[Any]:
         from caffe_proto import latency
         from caffe_proto.runtime import Engine
 
         pairs = ((self.net, self.weights), (files["prototxt"], files["caffemodel"]))
-        subjects = [latency.subject(f"{net},{weights}", batch=None, seed=self.seed, phase=self.phase) for net, weights in pairs]
+        subjects = [
+            latency.subject(f"{net},{weights}", batch=None, seed=self.seed, phase=self.phase)
+            for net, weights in pairs
+        ]
         return latency.measure(subjects, Engine(self.threads))
 
 
@@ -274,10 +355,22 @@ def _json(report: Report, files: dict[str, str], apart: dict[str, float], times:
     if times:
         speedup["latency"] = times[0].median / times[1].median
     layers = [
-        {"name": row.name, "scheme": row.scheme, "ranks": list(row.ranks), "full_rank": row.full_rank, "macs": list(row.macs), "error": row.error}
+        {
+            "name": row.name,
+            "scheme": row.scheme,
+            "ranks": list(row.ranks),
+            "full_rank": row.full_rank,
+            "macs": list(row.macs),
+            "error": row.error,
+        }
         for row in report.rows
     ]
-    made: dict[str, Any] = {"speedup": speedup, "macs": list(report.macs), "conv_macs": list(report.conv_macs), "params": list(report.params)}
+    made: dict[str, Any] = {
+        "speedup": speedup,
+        "macs": list(report.macs),
+        "conv_macs": list(report.conv_macs),
+        "params": list(report.params),
+    }
     made |= {"layers": layers, "kept": report.kept, "files": files}
     if apart:
         made["outputs_apart"] = apart
@@ -288,7 +381,15 @@ def _json(report: Report, files: dict[str, str], apart: dict[str, float], times:
 
 def _print(report: Report, files: dict[str, str], apart: dict[str, float], times: list[Any]) -> None:
     rows = [
-        [row.name, row.scheme, f"{'+'.join(map(str, row.ranks))}/{row.full_rank}", f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x", "-" if row.error is None else f"{row.error:.4f}"]
+        [
+            row.name,
+            row.scheme,
+            f"{'+'.join(map(str, row.ranks))}/{row.full_rank}",
+            f"{row.macs[0]:,}",
+            f"{row.macs[1]:,}",
+            f"{_ratio(row.macs):.2f}x",
+            "-" if row.error is None else f"{row.error:.4f}",
+        ]
         for row in report.rows
     ]
     console.table(["layer", "scheme", "rank", "MACs before", "after", "ratio", "error"], rows)
@@ -300,17 +401,25 @@ def _print(report: Report, files: dict[str, str], apart: dict[str, float], times
     for reason, names in reasons.items():
         click.echo(f"kept {', '.join(names)}: {reason}")
     click.echo()
-    for what, pair in (("MACs, whole net", report.macs), ("MACs, convolutions", report.conv_macs), ("parameters", report.params)):
+    for what, pair in (
+        ("MACs, whole net", report.macs),
+        ("MACs, convolutions", report.conv_macs),
+        ("parameters", report.params),
+    ):
         click.echo(f"{what:20}{pair[0]:>17,} -> {pair[1]:>15,}  {_ratio(pair):.3f}x")
     for name, value in apart.items():
         click.echo(f"output {name}: ||y' - y|| / ||y|| = {value:.4g}")
     if times:
-        click.echo(f"time, median        {times[0].median:>14.3f} ms -> {times[1].median:>12.3f} ms  {_ratio((times[0].median, times[1].median)):.3f}x")
+        click.echo(
+            f"time, median        {times[0].median:>14.3f} ms -> {times[1].median:>12.3f} ms  {_ratio((times[0].median, times[1].median)):.3f}x"
+        )
     click.echo("wrote " + ", ".join(files.values()))
 
 
 @cli.command()
-@click.option("-o", "--output", "folder", default="caffe-lra-demo", show_default=True, help="Folder for what it writes.")
+@click.option(
+    "-o", "--output", "folder", default="caffe-lra-demo", show_default=True, help="Folder for what it writes."
+)
 @threads_option
 def demo(folder: str, threads: int) -> None:
     """Try everything on a small trained net that comes with the program: LeNet, trained by this project."""

@@ -43,7 +43,10 @@ def run(folder: Path, threads: int) -> None:
     prefix = folder / "lenet-fast"
     before, after = (str(net), str(weights)), (f"{prefix}.prototxt", f"{prefix}.caffemodel")
     _show(main, ["info", *before])
-    _show(main, ["decompose", *before, "-o", str(prefix), "--speedup", "3", "--fc", "--round-to", "16", "--onnx"])
+    _show(
+        main,
+        ["decompose", *before, "-o", str(prefix), "--speedup", "3", "--fc", "--round-to", "16", "--onnx"],
+    )
     _show(main, ["time", ",".join(before), ",".join(after), "--batch", "64", "--threads", str(threads)])
     _compare(before, after, threads)
 
@@ -66,4 +69,6 @@ def _compare(before: tuple[str, str], after: tuple[str, str], threads: int) -> N
         answers.append(scores.reshape(N_DIGITS, -1).argmax(axis=1))
     right = [np.mean(answer == labels) for answer in answers]
     agree = np.mean(answers[0] == answers[1])
-    click.echo(f"{N_DIGITS:,} drawn digits: {right[0]:.1%} right before, {right[1]:.1%} after; both nets agree on {agree:.1%}")
+    click.echo(
+        f"{N_DIGITS:,} drawn digits: {right[0]:.1%} right before, {right[1]:.1%} after; both nets agree on {agree:.1%}"
+    )

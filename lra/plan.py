@@ -39,7 +39,11 @@ class LayerPlan:
         if _is_rank(value):
             return cls("", (value,))
         if not isinstance(value, Mapping):
-            raise PlanError(f"{value!r} is no rank", layer=name, hint='write "conv1": 24 or {"scheme": "spatial", "rank": 24}')
+            raise PlanError(
+                f"{value!r} is no rank",
+                layer=name,
+                hint='write "conv1": 24 or {"scheme": "spatial", "rank": 24}',
+            )
         known = {"scheme", "rank", "ranks", "macs", "error"}
         for key in value:
             if key not in known:
@@ -72,6 +76,8 @@ class Plan(BasePlan[LayerPlan]):
             if not all(isinstance(part, dict) for part in (layers, kept, target)):
                 raise PlanError('"layers", "kept" and "target" must be objects')
             entries = {name: LayerPlan.from_dict(name, one) for name, one in layers.items()}
-            return cls(entries, dict(kept), dict(target), str(value.get("net", "")), str(value.get("weights", "")))
+            return cls(
+                entries, dict(kept), dict(target), str(value.get("net", "")), str(value.get("weights", ""))
+            )
         except PlanError as error:
             raise error.at(path=path) from None

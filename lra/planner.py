@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 from caffe_proto.costs import cost as count
 from caffe_proto.errors import PlanError, UsageError
@@ -56,8 +56,13 @@ def _check_name(name: str, known: Collection[str], found: Found) -> None:
     if name not in known:
         layers = {node.name: node.layer.type for node in found.shaped.graph.nodes}
         if name in layers:
-            raise UsageError(f'layer "{name}" is of type {layers[name]}', hint="only Convolution and InnerProduct can be decomposed")
-        raise UsageError(f'there is no layer "{name}"', path=found.model.net.path, hint=nearest(name, list(known)))
+            raise UsageError(
+                f'layer "{name}" is of type {layers[name]}',
+                hint="only Convolution and InnerProduct can be decomposed",
+            )
+        raise UsageError(
+            f'there is no layer "{name}"', path=found.model.net.path, hint=nearest(name, list(known))
+        )
 
 
 def make_plan(
@@ -129,7 +134,11 @@ def _check_request(
     scheme: str, style: str, scope: str, round_to: int,
     speedup: float | None, energy: float | None, ranks: object, rank_config: object,
 ) -> None:  # fmt: skip
-    for value, known, what in ((scheme, ("auto", *SCHEMES), "scheme"), (style, STYLES, "style"), (scope, ("all", "conv"), "scope")):
+    for value, known, what in (
+        (scheme, ("auto", *SCHEMES), "scheme"),
+        (style, STYLES, "style"),
+        (scope, ("all", "conv"), "scope"),
+    ):
         if value not in known:
             raise UsageError(f'there is no {what} "{value}"', hint="known: " + ", ".join(known))
     given = [amount for amount in (speedup, energy, ranks, rank_config) if amount is not None]
@@ -212,17 +221,20 @@ class _Job:
             if option.key is None:
                 self.kept[target.name] = self._never_cheaper(target) or "the speed-up is reached without it"
             else:
-                name, rank = option.key
+                name, rank = cast(tuple[str, int], option.key)
                 layers[target.name] = self.entry(target, SCHEMES[name], rank)
         return layers
 
     def _never_cheaper(self, target: Target) -> str | None:
-        """The reason where no rank on the grid makes a layer cheaper, else None."""
+        """The reason where no rank that is allowed makes a layer cheaper, else None."""
         for scheme in self.schemes(target):
-            ranks = policy.candidates(scheme.max_rank(target.shape, target.geometry.group), target.geometry.group, self.round_to)
+            ranks = policy.candidates(
+                scheme.max_rank(target.shape, target.geometry.group), target.geometry.group, self.round_to
+            )
             if ranks and target.chain_cost(scheme, ranks[0]) < target.macs:
                 return None
-        return "no rank makes it cheaper"
+        multiple = f" that is a multiple of {self.round_to}" if self.round_to > 1 else ""
+        return f"no rank{multiple} makes it cheaper"
 
     def by_energy(self, targets: list[Target], energy: float) -> dict[str, LayerPlan]:
         layers: dict[str, LayerPlan] = {}
@@ -239,15 +251,22 @@ class _Job:
 
     def _rounded(self, target: Target, scheme: Scheme, rank: int) -> int:
         """The next rank of the grid at or above, where it is still cheaper than the dense layer; else the rank."""
-        grid = policy.candidates(scheme.max_rank(target.shape, target.geometry.group), target.geometry.group, self.round_to)
+        grid = policy.candidates(
+            scheme.max_rank(target.shape, target.geometry.group), target.geometry.group, self.round_to
+        )
         above = next((one for one in grid if one >= rank), rank)
         return above if target.chain_cost(scheme, above) < target.macs else rank
 
     def by_ranks(self, targets: list[Target], ranks: Sequence[int]) -> dict[str, LayerPlan]:
         if len(ranks) != len(targets):
             names = ", ".join(target.name for target in targets)
-            raise UsageError(f"{len(ranks)} ranks for {len(targets)} layers", hint=f"one each is needed, in this order: {names}")
-        return self._explicit([(target, SCHEMES[self.scheme], rank) for target, rank in zip(targets, ranks, strict=True)])
+            raise UsageError(
+                f"{len(ranks)} ranks for {len(targets)} layers",
+                hint=f"one each is needed, in this order: {names}",
+            )
+        return self._explicit(
+            [(target, SCHEMES[self.scheme], rank) for target, rank in zip(targets, ranks, strict=True)]
+        )
 
     def by_config(self, targets: list[Target], config: RankConfig) -> dict[str, LayerPlan]:
         wanted = []

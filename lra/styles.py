@@ -5,7 +5,7 @@ A scheme says ``_lowrank``, ``_linear``, ``_v``, ``_h``; a style says what stand
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -48,7 +48,7 @@ STYLES: Mapping[str, Style] = MappingProxyType(
 
 
 def new_layers(
-    layer: Layer, target: Target, steps: tuple[Step, ...] | tuple[StepShape, ...], style: Style, namer: Namer
+    layer: Layer, target: Target, steps: Sequence[Step | StepShape], style: Style, namer: Namer
 ) -> tuple[NewLayer, ...]:
     """The blocks that stand for a chain in the place of ``layer``; the last one writes its tops."""
     made: list[NewLayer] = []
@@ -57,7 +57,11 @@ def new_layers(
         last = position == len(steps) - 1
         suffix = style.suffix(step.suffix)
         name = namer.unique(layer.name + suffix)
-        tops = layer.tops if last else _inner_tops(layer, name, suffix, step.suffix in style.top_from_blob, namer)
+        tops = (
+            layer.tops
+            if last
+            else _inner_tops(layer, name, suffix, step.suffix in style.top_from_blob, namer)
+        )
         has_bias = _has_bias(layer, target)
         frozen = not last and has_bias and step.suffix in style.frozen_bias
         made.append(

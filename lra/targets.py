@@ -127,7 +127,7 @@ def _convolution(shaped: Shaped, index: int, p: ConvParams, stored: Arrays) -> T
         places = prod(bottom[: len(bottom) - len(weight) + 1]) * p.n_tops
     if len(weight) != 4:
         return f"its kernel has {len(weight) - 2} axes, two are needed"
-    axis, g = conv_geometry(p, bottom)
+    _, g = conv_geometry(p, bottom)
     geometry = Geometry(_pair(g.stride), _pair(g.pad), _pair(g.dilation), p.group)
     shape = (weight[0], weight[1], weight[2], weight[3])
     return Target(name, index, False, False, shape, geometry, in_hw, places)

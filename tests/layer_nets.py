@@ -17,11 +17,11 @@ Array = Sequence[object] | np.ndarray | float
 Arrays = Sequence[Array]
 
 
-def text(kind: str, settings: str = "", tops: int = 1, **inputs: Sequence[int]) -> str:
+def text(kind: str, settings: str = "", tops: int = 1, /, **inputs: Sequence[int]) -> str:
     """A net of one layer "l" of that type with tops "t0", "t1", ... that reads inputs of those shapes."""
     sources = [
         f'layer {{ name: "{name}" type: "Input" top: "{name}" '
-        f'input_param {{ shape {{ {" ".join(f"dim: {dim}" for dim in shape)} }} }} }}'
+        f"input_param {{ shape {{ {' '.join(f'dim: {dim}' for dim in shape)} }} }} }}"
         for name, shape in inputs.items()
     ]
     bottoms = " ".join(f'bottom: "{name}"' for name in inputs)
@@ -50,7 +50,7 @@ def model(source: str, blobs: Arrays = ()) -> Model:
 
 
 def run(
-    kind: str, settings: str = "", blobs: Arrays = (), tops: int = 1, **feeds: Array
+    kind: str, settings: str = "", blobs: Arrays = (), tops: int = 1, /, **feeds: Array
 ) -> tuple[np.ndarray, ...]:
     """The tops of one layer; checks that shape inference told their shapes."""
     arrays = {name: np.asarray(value, np.float32) for name, value in feeds.items()}
@@ -64,9 +64,7 @@ def run(
     return tuple(made[name] for name in names)
 
 
-def run_open_batch(
-    source: str, feeds: Mapping[str, Array], blobs: Arrays = ()
-) -> dict[str, np.ndarray]:
+def run_open_batch(source: str, feeds: Mapping[str, Array], blobs: Arrays = ()) -> dict[str, np.ndarray]:
     """The outputs of a net exported with its batch left open."""
     made = export_onnx(model(source, blobs), Request(dynamic_batch=True))
     opened = open_onnx(made.SerializeToString(), Engine(threads=1))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ORDER = """
+ORDER = (
+    """
     caffe_proto.errors
     caffe_proto.files caffe_proto.schema caffe_proto.text caffe_proto.wire
     lra.linalg lra.decomposition lra.ranks lra.digits
@@ -31,7 +32,8 @@ ORDER = """
     caffe_proto.console caffe_proto.cli
     lra.demo lra.cli lra.__main__
     hrank
-""".split()
+    """
+).split()
 
 # Packages that only these modules may import, wherever in the file: what the main job must not wait for.
 CONFINED = {
@@ -85,12 +87,20 @@ def test_imports_point_down() -> None:
 def test_heavy_packages_are_confined() -> None:
     known = modules()
     for heavy, allowed in CONFINED.items():
-        users = {name for name, path in known.items() if heavy in {one.split(".")[0] for one in imported(name, path, known)}}
+        users = {
+            name
+            for name, path in known.items()
+            if heavy in {one.split(".")[0] for one in imported(name, path, known)}
+        }
         assert users <= allowed, heavy
 
 
 def test_numerics_know_no_caffe() -> None:
     known = modules()
-    numerics = [name for name in known if name.startswith("lra.schemes") or name in ("lra.linalg", "lra.decomposition", "lra.ranks")]
+    numerics = [
+        name
+        for name in known
+        if name.startswith("lra.schemes") or name in ("lra.linalg", "lra.decomposition", "lra.ranks")
+    ]
     for name in numerics:
         assert not any(one.startswith("caffe_proto") for one in imported(name, known[name], known)), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from layer_nets import macs, model, run, run_open_batch, shapes, text
+from layer_nets import Array, macs, model, run, run_open_batch, shapes, text
 
 from caffe_proto.errors import NetError
 from caffe_proto.runtime import session
@@ -32,7 +32,7 @@ def test_batch_reindex_takes_items_in_any_order() -> None:
 
 @pytest.mark.parametrize("selector", [[0, 1, -0.5], [[0], [1], [-0.5]]])
 def test_filter_keeps_the_items_that_are_chosen(selector: list[object]) -> None:
-    first, second = run("Filter", tops=2, x=[[1, 2], [3, 4], [5, 6]], y=[7, 8, 9], z=selector)
+    first, second = run("Filter", "", (), 2, x=[[1, 2], [3, 4], [5, 6]], y=[7, 8, 9], z=selector)
     assert first.tolist() == [[3, 4], [5, 6]]
     assert second.tolist() == [8, 9]
 
@@ -43,11 +43,13 @@ def test_filter_may_keep_nothing() -> None:
 
 
 def test_filter_is_set_up_as_if_all_items_stayed() -> None:
-    assert shapes(text("Filter", tops=2, x=(4, 3, 2), y=(4,), z=(4, 1, 1)))["t0"] == (4, 3, 2)
+    assert shapes(text("Filter", "", 2, x=(4, 3, 2), y=(4,), z=(4, 1, 1)))["t0"] == (4, 3, 2)
 
 
 def test_parameter_is_its_blob() -> None:
-    with session(model(text("Parameter", "parameter_param { shape { dim: 2 dim: 1 } }"), [[[4], [5]]])) as opened:
+    with session(
+        model(text("Parameter", "parameter_param { shape { dim: 2 dim: 1 } }"), [[[4], [5]]])
+    ) as opened:
         assert opened.run({})["t0"].tolist() == [[4], [5]]
 
 
@@ -60,7 +62,11 @@ def test_parameter_is_its_blob() -> None:
     ],
 )
 def test_im2col_puts_windows_into_channels(
-    settings: str, kernel: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int], dilation: tuple[int, int]
+    settings: str,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    pad: tuple[int, int],
+    dilation: tuple[int, int],
 ) -> None:
     x = RNG.standard_normal((2, 3, 5, 6)).astype(np.float32)
     (top,) = run("Im2col", f"convolution_param {{ {settings} }}", x=x)
@@ -74,7 +80,13 @@ def test_im2col_puts_windows_into_channels(
 def test_im2col_along_one_and_three_axes() -> None:
     (top,) = run("Im2col", "convolution_param { kernel_size: 2 }", x=[[[1, 2, 3]]])
     assert top.tolist() == [[[1, 2], [2, 3]]]
-    assert shapes(text("Im2col", "convolution_param { kernel_size: 2 }", x=(1, 2, 3, 3, 3)))["t0"] == (1, 16, 2, 2, 2)
+    assert shapes(text("Im2col", "convolution_param { kernel_size: 2 }", x=(1, 2, 3, 3, 3)))["t0"] == (
+        1,
+        16,
+        2,
+        2,
+        2,
+    )
     (inner,) = run("Im2col", "convolution_param { kernel_size: 2 axis: 0 }", x=[[1, 2, 3]])
     assert inner.tolist() == [[1, 2], [2, 3]]
 
@@ -86,14 +98,14 @@ def test_im2col_copies_what_is_not_finite() -> None:
 
 def test_hdf5_output_is_a_sink() -> None:
     settings = 'hdf5_output_param { file_name: "out.h5" }'
-    assert set(shapes(text("HDF5Output", settings, tops=0, x=(2, 3), y=(2,)))) == {"x", "y"}
+    assert set(shapes(text("HDF5Output", settings, 0, x=(2, 3), y=(2,)))) == {"x", "y"}
 
 
 MEMORY = "memory_data_param { batch_size: 2 channels: 1 height: 3 width: 4 }"
 
 
 def test_memory_data_gives_its_label_four_axes() -> None:
-    assert shapes(text("MemoryData", MEMORY, tops=2)) == {"t0": (2, 1, 3, 4), "t1": (2, 1, 1, 1)}
+    assert shapes(text("MemoryData", MEMORY, 2)) == {"t0": (2, 1, 3, 4), "t1": (2, 1, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -133,9 +145,11 @@ def test_refusals(kind: str, settings: str, tops: int, bottoms: list[tuple[int, 
         ("Im2col", "convolution_param { kernel_size: 2 }", {"x": RNG.standard_normal((3, 2, 3, 3))}),
     ],
 )
-def test_an_open_batch_gives_what_a_fixed_one_gives(kind: str, settings: str, feeds: dict[str, object]) -> None:
-    blobs = [np.arange(6).reshape(3, 2), [0, 1]] if kind == "Embed" else []
-    halved = {name: (2, *np.shape(array)[1:]) for name, array in feeds.items()}  # type: ignore[arg-type]
-    open_ = run_open_batch(text(kind, settings, **halved), feeds, blobs)  # type: ignore[arg-type]
-    (fixed,) = run(kind, settings, blobs, **feeds)  # type: ignore[arg-type]
+def test_an_open_batch_gives_what_a_fixed_one_gives(
+    kind: str, settings: str, feeds: dict[str, Array]
+) -> None:
+    blobs: list[Array] = [np.arange(6).reshape(3, 2), [0, 1]] if kind == "Embed" else []
+    smaller = {name: (2, *np.asarray(array).shape[1:]) for name, array in feeds.items()}
+    open_ = run_open_batch(text(kind, settings, **smaller), feeds, blobs)
+    (fixed,) = run(kind, settings, blobs, **feeds)
     assert np.array_equal(open_["t0"], fixed)

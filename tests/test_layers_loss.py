@@ -6,7 +6,7 @@ from math import exp, log, log1p
 
 import numpy as np
 import pytest
-from layer_nets import run, run_open_batch, shapes, text
+from layer_nets import Array, run, run_open_batch, shapes, text
 
 from caffe_proto import graph, net
 from caffe_proto.errors import NetError, UnsupportedError
@@ -22,8 +22,8 @@ def _prob(x: np.ndarray, axis: int) -> np.ndarray:
     return np.asarray(e / e.sum(axis, keepdims=True))
 
 
-def _scalar(kind: str, settings: str = "", **feeds: object) -> float:
-    (top,) = run(kind, settings, **feeds)  # type: ignore[arg-type]
+def _scalar(kind: str, settings: str = "", **feeds: Array) -> float:
+    (top,) = run(kind, settings, **feeds)
     assert top.shape == ()
     return float(top)
 
@@ -79,7 +79,7 @@ def test_a_loss_is_not_yet_times_its_weight() -> None:
 
 
 def test_a_loss_without_a_named_top_is_a_sink() -> None:
-    source = text("SoftmaxWithLoss", "loss_weight: 2", tops=0, x=(2, 3), y=(2,))
+    source = text("SoftmaxWithLoss", "loss_weight: 2", 0, x=(2, 3), y=(2,))
     assert shapes(source) == {"x": (2, 3), "y": (2,)}
     assert graph.build(net.parse(source)).outputs == ()
 
@@ -93,13 +93,16 @@ def test_a_loss_without_a_named_top_is_a_sink() -> None:
         ("SoftmaxWithLoss", "loss_weight: 1 loss_weight: 0", 1),
         ("SoftmaxWithLoss", "loss_weight: 1 loss_weight: 0", 0),
         ("EuclideanLoss", "loss_weight: 1 loss_weight: 1", 1),
+        ("InfogainLoss", 'infogain_loss_param { source: "h" }', 2),
         ("Accuracy", "loss_weight: 1", 2),
         ("Eltwise", "loss_weight: 1 loss_weight: 1", 1),
     ],
 )
 def test_loss_weight_is_given_once_a_top_or_not_at_all(kind: str, settings: str, tops: int) -> None:
     with pytest.raises(NetError, match="loss_weight"):
-        shapes(text(kind, settings, tops, x=(2, 3), y=(2, 3) if kind in ("Eltwise", "EuclideanLoss") else (2,)))
+        shapes(
+            text(kind, settings, tops, x=(2, 3), y=(2, 3) if kind in ("Eltwise", "EuclideanLoss") else (2,))
+        )
 
 
 def test_any_layer_may_have_a_loss_weight() -> None:
@@ -162,7 +165,7 @@ def test_infogain_loss_weighs_the_logs_of_all_classes(settings: str, divisor: fl
         if PIXELS[n, h, w] != 255
     )
     settings = f"loss_param {{ ignore_label: 255 {settings} }} loss_weight: 1 loss_weight: 0"
-    loss, top = run("InfogainLoss", settings, tops=2, x=SCORES, y=PIXELS, z=matrix.reshape(1, 1, 3, 3))
+    loss, top = run("InfogainLoss", settings, (), 2, x=SCORES, y=PIXELS, z=matrix.reshape(1, 1, 3, 3))
     assert float(loss) == pytest.approx(total / divisor, rel=1e-5)
     assert np.allclose(top, prob, atol=1e-6)
 
@@ -194,7 +197,7 @@ def test_accuracy_counts_an_equal_score_as_better() -> None:
 
 def test_accuracy_by_class_leaves_out_what_is_ignored() -> None:
     x = [[1, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 1]]
-    top, classes = run("Accuracy", "accuracy_param { ignore_label: 1 }", tops=2, x=x, y=[0, 1, 0, 2, 2])
+    top, classes = run("Accuracy", "accuracy_param { ignore_label: 1 }", (), 2, x=x, y=[0, 1, 0, 2, 2])
     assert float(top) == pytest.approx(3 / 4)
     assert classes.tolist() == [1, 0, 0.5]
 
@@ -204,7 +207,11 @@ def test_accuracy_of_nothing_is_zero() -> None:
 
 
 def test_accuracy_over_pixels() -> None:
-    right = [SCORES[n, :, h, w].argmax() == PIXELS[n, h, w] for n, h, w in np.ndindex(2, 2, 2) if PIXELS[n, h, w] < 3]
+    right = [
+        SCORES[n, :, h, w].argmax() == PIXELS[n, h, w]
+        for n, h, w in np.ndindex(2, 2, 2)
+        if PIXELS[n, h, w] < 3
+    ]
     found = _scalar("Accuracy", "accuracy_param { ignore_label: 255 axis: -3 }", x=SCORES, y=PIXELS)
     assert found == pytest.approx(sum(right) / 5)
 

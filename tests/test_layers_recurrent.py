@@ -38,7 +38,9 @@ def _unit(c: np.ndarray, gates: np.ndarray, cont: np.ndarray) -> tuple[np.ndarra
     return c, _sigmoid(o) * np.tanh(c)
 
 
-def _expected(kind: str, blobs: list[np.ndarray], static: bool, h: np.ndarray, c: np.ndarray) -> list[np.ndarray]:
+def _expected(
+    kind: str, blobs: list[np.ndarray], static: bool, h: np.ndarray, c: np.ndarray
+) -> list[np.ndarray]:
     """All outputs, then the last h and, for a LSTM, the last c."""
     weight, bias, *rest = blobs
     into = X @ weight.T + bias + (S @ rest.pop(0).T if static else 0)
@@ -96,7 +98,7 @@ def test_more_input_axes_are_one() -> None:
 
 def test_lstm_unit() -> None:
     c, gates, cont = RNG.standard_normal((1, 3, 2)), RNG.standard_normal((1, 3, 8)), np.array([[0, 1, 1]])
-    new_c, h = run("LSTMUnit", tops=2, c=c, x=gates, cont=cont)
+    new_c, h = run("LSTMUnit", "", (), 2, c=c, x=gates, cont=cont)
     wanted_c, wanted_h = _unit(c, gates, cont[..., None])
     assert np.allclose(new_c, wanted_c, atol=1e-6) and np.allclose(h, wanted_h, atol=1e-6)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import SHARED
 
 from caffe_proto import binding, graph, load
 from caffe_proto.errors import Error
@@ -17,11 +17,12 @@ from caffe_proto.model import Model
 from caffe_proto.runtime import error, session
 from caffe_proto.shape_inference import infer
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 ORACLE = SHARED / "oracle"
 TOLERANCE = 1e-4  # of a blob's largest magnitude
 
-pytestmark = pytest.mark.skipif(not ORACLE.is_dir(), reason="no ../shared/oracle with what real Caffe computed")
+pytestmark = pytest.mark.skipif(
+    not ORACLE.is_dir(), reason="no ../shared/oracle with what real Caffe computed"
+)
 
 V0 = pytest.mark.xfail(strict=True, reason="V0 nets are not upgraded yet")
 RUN_TIME_SHAPES = {"filter": {"out"}}  # only a forward pass knows how many items remain
@@ -84,8 +85,8 @@ def _worst(name: str) -> float:
     """The largest error of any blob of a case."""
     loaded, io, arrays = _case(name)
     with session(loaded, blobs="all", threads=1) as opened:
-        feeds = {blob: arrays.get(f"@input:{blob}", arrays.get(blob)) for blob in opened.input_names}
-        made = opened.run(feeds)
+        fed = {blob: f"@input:{blob}" if f"@input:{blob}" in arrays else blob for blob in opened.input_names}
+        made = opened.run({blob: arrays[key] for blob, key in fed.items()})
     assert set(made) == set(io["blobs"])
     assert {blob: list(array.shape) for blob, array in made.items()} == io["blobs"]
     return max(error(made[blob], arrays[blob]) for blob in io["blobs"])
@@ -110,15 +111,14 @@ def test_learnt_blobs_are_those_of_caffe(name: str) -> None:
     loaded, io, _ = _case(name)
     shaped = infer(graph.build(loaded.net))
     told = {
-        node.name: [list(shape) for shape in shaped.blobs(index)] for index, node in enumerate(shaped.graph.nodes)
+        node.name: [list(shape) for shape in shaped.blobs(index)]
+        for index, node in enumerate(shaped.graph.nodes)
     }
     wanted = {layer["name"]: layer["params"] for layer in io["layers"] if layer["params"]}
     assert {layer: blobs for layer, blobs in told.items() if blobs} == wanted
 
 
-def test_summary(
-    record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary(record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]) -> None:
     """How many cases pass, and the worst error of all; printed even without -s."""
     found = {name: _worst(name) for name in _names("cases") if not name.startswith("v0")}
     passed = sum(worst <= TOLERANCE for worst in found.values())

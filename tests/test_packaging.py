@@ -17,7 +17,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the checkout, with the build tools that are installed."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     for name in listed.stdout.splitlines():
@@ -34,7 +36,12 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"caffe_proto", "lra", "hrank"}
-    for wanted in ("caffe_proto/caffe.desc", "caffe_proto/caffe.proto", "lra/lenet/lenet.caffemodel", "lra/lenet/lenet.prototxt"):
+    for wanted in (
+        "caffe_proto/caffe.desc",
+        "caffe_proto/caffe.proto",
+        "lra/lenet/lenet.caffemodel",
+        "lra/lenet/lenet.prototxt",
+    ):
         assert wanted in names
 
 

@@ -16,7 +16,9 @@ def masked(text: str) -> list[str]:
     """Lines with times, ratios of times and versions replaced, and table widths collapsed."""
     lines, timed = [], False
     for line in text.splitlines():
-        timed = line.startswith("model ") or (timed and line.strip() != "" and not line.startswith(("$", "```", "onnxruntime")))
+        timed = line.startswith("model ") or (
+            timed and line.strip() != "" and not line.startswith(("$", "```", "onnxruntime"))
+        )
         if timed or line.startswith("onnxruntime"):
             line = re.sub(r"\d+(\.\d+)*", "#", line)
         lines.append(" ".join(line.split()))

@@ -59,7 +59,7 @@ def same_weights(left: dict[str, list[np.ndarray]], right: dict[str, list[np.nda
     return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
 
 
-def refuses_all_but_errors(stored: Weights) -> None:
+def read_all(stored: Weights) -> None:
     """Read every blob; only our own errors may come of it."""
     for name in stored:
         try:
@@ -239,8 +239,8 @@ def test_truncated_hdf5(tmp_path: Path) -> None:
     data = path.read_bytes()
     for length in range(8, len(data), len(data) // 50):
         with pytest.raises(CaffemodelError):
-            refuses = load(tmp_path, data[:length], "cut.h5")
-            refuses["conv"]
+            stored = load(tmp_path, data[:length], "cut.h5")
+            stored["conv"]
 
 
 _CAFFEMODEL = (
@@ -271,7 +271,7 @@ def test_damaged_bytes_raise_nothing_but_our_errors(tmp_path_factory: pytest.Tem
         stored = load(tmp_path_factory.getbasetemp(), data)
     except Error:
         return
-    refuses_all_but_errors(stored)
+    read_all(stored)
     assert written(stored) == data
 
 

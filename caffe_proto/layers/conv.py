@@ -48,7 +48,11 @@ def read(request: Request) -> ConvParams:
     kernel, kernel_hw = _axes(p, "kernel_size", ("kernel_h", "kernel_w"))
     stride, stride_hw = _axes(p, "stride", ("stride_h", "stride_w"))
     pad, pad_hw = _axes(p, "pad", ("pad_h", "pad_w"))
-    for values, low, what in ((kernel, 1, "kernel size"), (stride, 1, "stride"), (p["dilation"], 1, "dilation")):
+    for values, low, what in (
+        (kernel, 1, "kernel size"),
+        (stride, 1, "stride"),
+        (p["dilation"], 1, "dilation"),
+    ):
         for value in values:
             at_least(value, low, what)
     group = at_least(p["group"], 1, "group")
@@ -57,7 +61,16 @@ def read(request: Request) -> ConvParams:
         raise NetError(f"group {group} does not divide num_output {num_output}", line=p.line("group"))
     planar = kernel_hw or stride_hw or pad_hw
     return ConvParams(
-        num_output, kernel, stride, pad, p["dilation"], group, p["bias_term"], p["axis"], planar, request.n_tops
+        num_output,
+        kernel,
+        stride,
+        pad,
+        p["dilation"],
+        group,
+        p["bias_term"],
+        p["axis"],
+        planar,
+        request.n_tops,
     )
 
 
@@ -65,7 +78,9 @@ def _axes(p: Typed, name: str, pair: tuple[str, str]) -> tuple[tuple[int, ...], 
     """The values of one setting, and whether they stand as _h and _w."""
     if pair[0] in p or pair[1] in p:
         if name in p:
-            raise NetError(f"{name} and {pair[0]}/{pair[1]} are both given; Caffe takes one spelling", line=p.line(name))
+            raise NetError(
+                f"{name} and {pair[0]}/{pair[1]} are both given; Caffe takes one spelling", line=p.line(name)
+            )
         return (p[pair[0]], p[pair[1]]), True
     return p[name], False
 
@@ -90,7 +105,9 @@ def _spread(values: Sequence[int], n: int, default: int | None, what: str) -> tu
     if len(values) == 1:
         return tuple(values) * n
     if len(values) != n:
-        raise NetError(f"{len(values)} values of {what} for {n} spatial axes", hint="give one, or one for each axis")
+        raise NetError(
+            f"{len(values)} values of {what} for {n} spatial axes", hint="give one, or one for each axis"
+        )
     return tuple(values)
 
 
@@ -149,7 +166,9 @@ def _onnx(e: Emitter, p: ConvParams, transposed: bool) -> None:
             _merged_batch(e, p, g, index, axis, weight, transposed)
 
 
-def _convolve(e: Emitter, p: ConvParams, g: Geometry, source: str, weight: str, to: str | None, transposed: bool) -> str:
+def _convolve(
+    e: Emitter, p: ConvParams, g: Geometry, source: str, weight: str, to: str | None, transposed: bool
+) -> str:
     bias = (e.blob(1),) if p.bias else ()
     attributes = {
         "kernel_shape": g.kernel,
@@ -161,7 +180,9 @@ def _convolve(e: Emitter, p: ConvParams, g: Geometry, source: str, weight: str, 
     return e.node("ConvTranspose" if transposed else "Conv", source, weight, *bias, to=to, **attributes)
 
 
-def _merged_batch(e: Emitter, p: ConvParams, g: Geometry, i: int, axis: int, weight: str, transposed: bool) -> None:
+def _merged_batch(
+    e: Emitter, p: ConvParams, g: Geometry, i: int, axis: int, weight: str, transposed: bool
+) -> None:
     """The channel axis is not 1: the axes before it are one batch to the kernel."""
     shape, out, varies = e.in_shapes[i], e.out_shapes[i], e.dynamic_in[i]
     batch = (prod(shape[:axis]), *shape[axis:])

@@ -46,13 +46,17 @@ def _onnx(e: Emitter, p: DenseParams) -> None:
     rows, columns = size(shape[:axis]), size(shape[axis:])
     source = e.inputs[0]
     if len(shape) != 2 or axis != 1:
-        source = e.node("Flatten", source, axis=axis) if axis == 1 else e.reshape(
-            source, 0, (rows, columns), (any(varies[:axis]), False)
+        source = (
+            e.node("Flatten", source, axis=axis)
+            if axis == 1
+            else e.reshape(source, 0, (rows, columns), (any(varies[:axis]), False))
         )
     weight = e.blob(0, (columns, p.num_output) if p.transpose else (p.num_output, columns))
     bias = (e.blob(1, (p.num_output,)),) if p.bias else ()
     back = axis != 1
-    made = e.node("Gemm", source, weight, *bias, to=None if back else e.outputs[0], transB=0 if p.transpose else 1)
+    made = e.node(
+        "Gemm", source, weight, *bias, to=None if back else e.outputs[0], transB=0 if p.transpose else 1
+    )
     if back:
         target = [-1 if varies[i] else shape[i] for i in range(axis)]
         e.node("Reshape", made, e.ints([*target, p.num_output], "out"), to=e.outputs[0])

@@ -118,7 +118,9 @@ class Emitter:
     def static(self, index: int, axes: Sequence[int], what: str) -> None:
         """Raise UnsupportedError where one of those axes of input ``index`` varies at run time."""
         if any(self.dynamic_in[index][axis] for axis in axes):
-            raise UnsupportedError(f"{what} needs a fixed size", hint="export with a fixed size (--batch N, no --dynamic-hw)")
+            raise UnsupportedError(
+                f"{what} needs a fixed size", hint="export with a fixed size (--batch N, no --dynamic-hw)"
+            )
 
     def reshape(
         self, source: str, index: int, shape: Sequence[int], dynamic: Sequence[bool], to: str | None = None

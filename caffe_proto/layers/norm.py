@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def _read_batch_norm(request: Request) -> BatchNormParams:
     for spec in request.layer.param_specs:
         if spec.lr_mult != 0 and len(request.layer.param_specs) != 3:
             raise NetError("BatchNorm's statistics cannot be learnt: param lr_mult must be 0")
-    stats = p["use_global_stats"] if "use_global_stats" in p else request.phase == "TEST"
+    stats = bool(p["use_global_stats"]) if "use_global_stats" in p else request.phase == "TEST"
     return BatchNormParams(stats, p["eps"])
 
 
@@ -84,7 +85,9 @@ class AffineParams:
 
 def _read_scale(request: Request) -> AffineParams:
     p = request["scale_param"]
-    return AffineParams(p["axis"], at_least(p["num_axes"], -1, "num_axes"), p["bias_term"], request.n_bottoms == 1)
+    return AffineParams(
+        p["axis"], at_least(p["num_axes"], -1, "num_axes"), p["bias_term"], request.n_bottoms == 1
+    )
 
 
 def _read_bias(request: Request) -> AffineParams:
@@ -192,7 +195,7 @@ def _lrn(e: Emitter, p: LrnParams) -> None:
         return
     pad = (p.size - 1) // 2
     square = e.node("Mul", x, x)
-    window = {"kernel_shape": (p.size, p.size), "pads": (pad,) * 4, "count_include_pad": 1}
+    window: dict[str, Any] = {"kernel_shape": (p.size, p.size), "pads": (pad,) * 4, "count_include_pad": 1}
     mean = e.node("AveragePool", square, **window)
     inner = e.node("Add", e.node("Mul", mean, e.const(p.alpha, "alpha")), e.const(1.0, "one"))
     e.node("Mul", x, e.node("Pow", inner, e.const(-p.beta, "power")), to=to)

@@ -8,6 +8,7 @@ of ``min(p + s - 1, k - 1)`` makes, whatever H is; so the pads below hold for dy
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -129,7 +130,7 @@ def _global(e: Emitter, p: PoolParams) -> None:
 
 
 def _max(e: Emitter, p: PoolParams, source: str, end: Pair, outputs: tuple[str, ...]) -> None:
-    attributes = {"kernel_shape": p.kernel, "strides": p.stride, "pads": (*p.pad, *end)}
+    attributes: dict[str, Any] = {"kernel_shape": p.kernel, "strides": p.stride, "pads": (*p.pad, *end)}
     if not p.mask:
         e.node("MaxPool", source, to=outputs[0], **attributes)
         return
@@ -143,14 +144,23 @@ def _max(e: Emitter, p: PoolParams, source: str, end: Pair, outputs: tuple[str, 
 def _average(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
     """AVE: the divisor counts the padding, but not what a last window hangs over beyond it."""
     k = p.window(hw)
-    need = [(n - 1) * s + one - h - pad for n, s, one, h, pad in zip(out, p.stride, k, hw, p.pad, strict=True)]
+    need = [
+        (n - 1) * s + one - h - pad for n, s, one, h, pad in zip(out, p.stride, k, hw, p.pad, strict=True)
+    ]
     overhang = [end - pad for end, pad in zip(_end_pads(p, hw), p.pad, strict=True)]
     fixed = not any(e.dynamic_in[0][2:])
     hangs = any(one > pad for one, pad in zip(need, p.pad, strict=True)) if fixed else any(overhang)
     attributes = {"kernel_shape": k, "strides": p.stride}
     if not hangs:
         ends = [max(0, min(one, pad)) for one, pad in zip(need, p.pad, strict=True)] if fixed else p.pad
-        e.node("AveragePool", e.inputs[0], to=e.outputs[0], pads=(*p.pad, *ends), count_include_pad=1, **attributes)
+        e.node(
+            "AveragePool",
+            e.inputs[0],
+            to=e.outputs[0],
+            pads=(*p.pad, *ends),
+            count_include_pad=1,
+            **attributes,
+        )
         return
     source = e.inputs[0]
     if any(p.pad):
@@ -162,14 +172,20 @@ def _with_empty_windows(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
     """Stride > kernel without pad: Caffe's last windows lie outside. MAX gives -FLT_MAX there, AVE 0 or 0/0."""
     e.static(0, (2, 3), "pooling with windows outside the image (stride > kernel)")
     inside = [-(-h // s) for h, s in zip(hw, p.stride, strict=True)]
-    missing = e.ints((0, 0, 0, 0, 0, 0, *(max(0, n - valid) for n, valid in zip(out, inside, strict=True))), "outside")
+    missing = e.ints(
+        (0, 0, 0, 0, 0, 0, *(max(0, n - valid) for n, valid in zip(out, inside, strict=True))), "outside"
+    )
     if p.method == "MAX":
         tops = tuple(e.sheet.unique(f"{e.layer}/inside") for _ in e.outputs)
         _max(e, p, e.inputs[0], _end_pads(p, hw), tops)
         for top, fill, to in zip(tops, (_LOWEST, -1.0), e.outputs, strict=False):
             e.node("Pad", top, missing, e.const(fill, "fill"), to=to)
         return
-    attributes = {"kernel_shape": p.kernel, "strides": p.stride, "pads": (0, 0, *_end_pads(p, hw))}
+    attributes: dict[str, Any] = {
+        "kernel_shape": p.kernel,
+        "strides": p.stride,
+        "pads": (0, 0, *_end_pads(p, hw)),
+    }
     mean = e.node("AveragePool", e.inputs[0], count_include_pad=0, **attributes)
     padded = e.node("Pad", mean, missing)
     e.node("Add", padded, e.const(_nothing_over_nothing(p, hw, out), "nan"), to=e.outputs[0])
@@ -182,5 +198,7 @@ def _nothing_over_nothing(p: PoolParams, hw: Pair, out: Pair) -> np.ndarray:
 
 
 SPECS = {
-    "Pooling": LayerSpec(params=read, infer=_infer, onnx=_onnx, tops=(1, 2), understood=frozenset({"ceil_mode"}))
+    "Pooling": LayerSpec(
+        params=read, infer=_infer, onnx=_onnx, tops=(1, 2), understood=frozenset({"ceil_mode"})
+    )
 }

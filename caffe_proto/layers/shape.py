@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 from ..errors import NetError, ShapeError
 from ..typed import Typed
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shape, Shapes, at_least, canonical_axis, size, text
+from .spec import Channels, LayerSpec, Request, Shapes, at_least, canonical_axis, size, text
 
 
 def _axis_or_dim(p: Typed, dim: str) -> int:
@@ -25,7 +26,9 @@ def _concat_infer(axis: int, bottoms: Shapes) -> Shapes:
     first = bottoms[0]
     at = canonical_axis(axis, len(first))
     for other in bottoms[1:]:
-        if len(other) != len(first) or any(a != b for i, (a, b) in enumerate(zip(first, other, strict=True)) if i != at):
+        if len(other) != len(first) or any(
+            a != b for i, (a, b) in enumerate(zip(first, other, strict=True)) if i != at
+        ):
             raise ShapeError(f"bottoms {text(first)} and {text(other)} differ in more than axis {at}")
     return ((*first[:at], sum(bottom[at] for bottom in bottoms), *first[at + 1 :]),)
 
@@ -48,7 +51,9 @@ def _read_slice(request: Request) -> SliceParams:
     p = request["slice_param"]
     points = p["slice_point"]
     if points and len(points) != request.n_tops - 1:
-        raise NetError(f"{len(points)} slice_point values for {request.n_tops} tops; one fewer than tops is needed")
+        raise NetError(
+            f"{len(points)} slice_point values for {request.n_tops} tops; one fewer than tops is needed"
+        )
     if any(low >= high for low, high in zip((0, *points), points, strict=False)):
         raise NetError(f"slice_point values {points} do not rise")
     return SliceParams(_axis_or_dim(p, "slice_dim"), points, request.n_tops)
@@ -59,12 +64,14 @@ def _slice_infer(p: SliceParams, bottoms: Shapes) -> Shapes:
     at = canonical_axis(p.axis, len(shape))
     total = shape[at]
     if not p.points and total % p.n_tops:
-        raise ShapeError(f"{p.n_tops} tops do not divide the {total} of axis {at} evenly", hint="add slice_point")
+        raise ShapeError(
+            f"{p.n_tops} tops do not divide the {total} of axis {at} evenly", hint="add slice_point"
+        )
     if p.points and p.points[-1] >= total:
         raise ShapeError(f"slice_point {p.points[-1]} lies behind the {total} of axis {at}")
     step = total // p.n_tops
     edges = (0, *p.points, total) if p.points else tuple(range(0, total + 1, step))
-    parts = (high - low for low, high in zip(edges, edges[1:], strict=False))
+    parts = (high - low for low, high in pairwise(edges))
     return tuple((*shape[:at], part, *shape[at + 1 :]) for part in parts)
 
 
@@ -74,7 +81,9 @@ def _slice(e: Emitter, p: SliceParams) -> None:
         return
     at = canonical_axis(p.axis, len(e.in_shapes[0]))
     e.static(0, [at], "slicing")
-    e.node("Split", e.inputs[0], e.ints([shape[at] for shape in e.out_shapes], "parts"), to=e.outputs, axis=at)
+    e.node(
+        "Split", e.inputs[0], e.ints([shape[at] for shape in e.out_shapes], "parts"), to=e.outputs, axis=at
+    )
 
 
 def _split(e: Emitter, _n: int) -> None:
@@ -135,7 +144,9 @@ def _reshape_infer(p: ReshapeParams, bottoms: Shapes) -> Shapes:
             raise ShapeError(f"{total} numbers cannot be divided into rows of {known}")
         made[made.index(-1)] = total // known
     elif known != total:
-        raise ShapeError(f"{text(shape)} holds {size(shape)} numbers, the new shape {text((*shape[:start], *made, *shape[end:]))} another count")
+        raise ShapeError(
+            f"{text(shape)} holds {size(shape)} numbers, the new shape {text((*shape[:start], *made, *shape[end:]))} another count"
+        )
     return ((*shape[:start], *made, *shape[end:]),)
 
 
@@ -190,7 +201,9 @@ def _read_eltwise(request: Request) -> EltwiseParams:
     p = request["eltwise_param"]
     coeff, operation = p["coeff"], p["operation"]
     if coeff and len(coeff) != request.n_bottoms:
-        raise NetError(f"{len(coeff)} coeff for {request.n_bottoms} bottoms; one each is needed", line=p.line("coeff"))
+        raise NetError(
+            f"{len(coeff)} coeff for {request.n_bottoms} bottoms; one each is needed", line=p.line("coeff")
+        )
     if coeff and operation == "PROD":
         raise NetError("a product takes no coeff", line=p.line("coeff"))
     in_place = request.layer.tops[0] == request.layer.bottoms[0]

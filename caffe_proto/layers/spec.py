@@ -144,9 +144,11 @@ def spatial_pair(typed: Typed, name: str, default: int, *, both: str | None = No
     h, w = f"{name}_h", f"{name}_w"
     if h in typed or w in typed:
         if one in typed:
-            raise NetError(f"{one} and {h}/{w} are both given; Caffe takes one spelling", line=typed.line(one))
+            raise NetError(
+                f"{one} and {h}/{w} are both given; Caffe takes one spelling", line=typed.line(one)
+            )
         return typed[h], typed[w]
-    value = typed[one] if one in typed else default
+    value = int(typed[one]) if one in typed else default
     return value, value
 
 
