@@ -143,6 +143,11 @@ def run(
     with runtime.session(model, names, threads=threads) as opened:  # type: ignore[arg-type]
         results = opened.run(_feeds(inputs, opened.input_names))
     reference = dict(_read_arrays(compare)) if compare else {}
+    errors = {
+        name: runtime.error(array, reference[name]) for name, array in results.items() if name in reference
+    }
+    if compare and not errors:
+        raise UsageError("shares no blob name with the net", path=compare)
     with (
         files.writing([output], [net, weights, compare, *(value.rpartition("=")[2] for value in inputs)]) as (
             temporary,
@@ -150,11 +155,6 @@ def run(
         temporary.open("wb") as file,
     ):
         np.savez(file, allow_pickle=False, **results)  # type: ignore[arg-type]
-    errors = {
-        name: runtime.error(array, reference[name]) for name, array in results.items() if name in reference
-    }
-    if compare and not errors:
-        raise UsageError("shares no blob name with the net", path=compare)
     _print_run(results, errors, output, as_json, bool(compare))
 
 

@@ -144,6 +144,9 @@ def run(group: click.Group, argv: Sequence[str] | None = None) -> int:
     except Error as error:
         click.echo(f"{name}: error: {_one_line(str(error))}", err=True)
         return 2
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         hint = f"; see {error.ctx.command_path} -h" if error.ctx else ""
         click.echo(f"{name}: error: {_one_line(error.format_message())}{hint}", err=True)

@@ -14,7 +14,7 @@ import onnxruntime
 
 from .errors import FileError, UsageError
 from .files import read_bytes
-from .model import load
+from .model import Model, load
 from .onnx_export import Request, draw, to_onnx
 from .runtime import Engine, open_onnx
 
@@ -67,10 +67,14 @@ def subject(item: str, *, batch: int | None, seed: int, phase: str = "TEST") -> 
         return Subject(item, item)
     net, _, weights = item.partition(",")
     model = load(net, weights or None, phase=phase)
-    request = Request(batch=batch, random_seed=None if weights else seed)
+    return of_model(item, model, Request(batch=batch, random_seed=None if weights else seed))
+
+
+def of_model(name: str, model: Model, request: Request) -> Subject:
+    """A loaded model as something to time."""
     export = draw(model, request)
-    layers = {name: record.layer for record in export.sheet.nodes for name in (*record.outputs, record.name)}
-    return Subject(item, to_onnx(export).SerializeToString(), layers)
+    layers = {key: record.layer for record in export.sheet.nodes for key in (*record.outputs, record.name)}
+    return Subject(name, to_onnx(export).SerializeToString(), layers)
 
 
 @dataclass(frozen=True)

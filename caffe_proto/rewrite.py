@@ -16,7 +16,7 @@ from .blocks import Block
 from .errors import NetError
 from .model import Model
 from .net import V1_TYPES, Layer, Net
-from .text import Edit, Message, Scalar, quote
+from .text import Edit, Field, Message, Scalar, quote
 from .weights import Blobs, NewEntry
 
 Settings = Mapping[str, Sequence[str]]  # field -> literal values; none removes the field
@@ -28,6 +28,7 @@ _V1_LISTS = ("blobs_lr", "weight_decay", "param", "blob_share_mode")
 class NewLayer:
     """One layer of a replacement, as changes to a copy of the replaced one.
 
+    ``bottoms`` and ``tops`` are None where they stay those of the replaced block.
     ``block`` is the parameter block (``convolution_param``) whose ``settings`` change. ``params`` says how
     many learnt blobs keep their ``param`` settings. ``rename_weight`` goes behind the name that the weight is
     shared by, so that sharing still means the same. ``keep_force``: whether Wen's force_mult stays.
@@ -35,8 +36,8 @@ class NewLayer:
     """
 
     name: str
-    bottoms: tuple[str, ...]
-    tops: tuple[str, ...]
+    bottoms: tuple[str, ...] | None
+    tops: tuple[str, ...] | None
     block: str
     settings: Settings
     blobs: Blobs | None
@@ -65,6 +66,7 @@ class Namer:
         """A namer that knows every layer, blob and stored layer of a model."""
         taken = {layer.name for layer in model.net.all_layers}
         taken |= {top for layer in model.net.all_layers for top in layer.tops}
+        taken |= set(model.net.document.root.strings("input"))
         return cls(taken | set(model.weights or ()))
 
     def unique(self, wanted: str) -> str:
@@ -88,6 +90,10 @@ def apply(model: Model, edits: Sequence[Replace]) -> Model:
         blocks = [layer for layer in net.all_layers if layer.name == edit.layer]
         if not blocks:
             raise NetError(f'there is no layer "{edit.layer}"', path=net.path)
+        for other in blocks:
+            if len(other.tops) != len(blocks[0].tops):
+                what = "stands in the file twice, with other tops"
+                raise NetError(what, path=net.path, line=other.line, layer=edit.layer)
         changes += [Edit(*layer.span, _join(net, layer, edit.new)) for layer in blocks]
     document = text.parse(text.splice(net.text, changes), net.path)
     changed = replace(net, document=document)
@@ -121,8 +127,9 @@ def _copy(layer: Layer, new: NewLayer, start: int, end: int) -> str:
     block = Block(layer.document, start, end)
     message = layer.message
     block.set(message, "name", [quote(new.name)])
-    block.set(message, "bottom", [quote(name) for name in new.bottoms])
-    block.set(message, "top", [quote(name) for name in new.tops])
+    for key, names in (("bottom", new.bottoms), ("top", new.tops)):
+        if names is not None:
+            block.set(message, key, [quote(one) for one in names])
     _param_settings(block, layer, new)
     inner = message.last(new.block)
     if inner is None or not isinstance(inner.value, Message):
@@ -138,6 +145,7 @@ def _copy(layer: Layer, new: NewLayer, start: int, end: int) -> str:
             "pad_w",
             "stride",
             "stride_h",
+            "stride_w",
         )
         block.set(inner.value, name, values, after)
     return block.text()
@@ -153,20 +161,37 @@ def _param_settings(block: Block, layer: Layer, new: NewLayer) -> None:
 def _param_blocks(block: Block, layer: Layer, new: NewLayer) -> None:
     """V2: one ``param { }`` a blob."""
     specs = list(layer.message.all("param"))
-    for spec in specs[new.params :]:
-        block.remove(spec)
-    for i, spec in enumerate(specs[: new.params]):
-        if not isinstance(spec.value, Message):
-            continue
-        if i == 0 and layer.param_specs[0].name and new.rename_weight:
-            block.set(spec.value, "name", [quote(layer.param_specs[0].name + new.rename_weight)])
-        if i == 1 and new.freeze_bias:
-            block.set(spec.value, "lr_mult", ["0"])
-        if not new.keep_force:
-            block.set(spec.value, "force_mult", [])
+    if len({(spec.start, spec.end) for spec in specs}) < len(specs):  # one list: param: [{ }, { }]
+        kept = [_spec_text(layer, new, i, spec) for i, spec in enumerate(specs[: new.params])]
+        block.set(layer.message, "param", kept)
+    else:
+        for spec in specs[new.params :]:
+            block.remove(spec)
+        for i, spec in enumerate(specs[: new.params]):
+            _param_spec(block, layer, new, i, spec)
     if new.freeze_bias and len(specs) < 2:
         missing = ["param { lr_mult: 1 }", "param { lr_mult: 0 }"][len(specs) :]
         block.add(layer.message, missing, ("param",) if specs else ("top",))
+
+
+def _param_spec(block: Block, layer: Layer, new: NewLayer, i: int, spec: Field) -> None:
+    """Change the settings of blob ``i``."""
+    if not isinstance(spec.value, Message):
+        return
+    if i == 0 and layer.param_specs[0].name and new.rename_weight:
+        block.set(spec.value, "name", [quote(layer.param_specs[0].name + new.rename_weight)])
+    if i == 1 and new.freeze_bias:
+        block.set(spec.value, "lr_mult", ["0"])
+    if not new.keep_force:
+        block.set(spec.value, "force_mult", [])
+
+
+def _spec_text(layer: Layer, new: NewLayer, i: int, spec: Field) -> str:
+    """The changed settings of blob ``i`` as a value of their own."""
+    assert isinstance(spec.value, Message)
+    item = Block(layer.document, spec.value.start, spec.value.end)
+    _param_spec(item, layer, new, i, spec)
+    return f"{{{item.text()}}}"
 
 
 def _param_lists(block: Block, layer: Layer, new: NewLayer) -> None:

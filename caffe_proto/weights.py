@@ -9,8 +9,11 @@ num, channels, height, width; data packed, unpacked, in several runs, or as ``do
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 Blobs = tuple[np.ndarray, ...]
 
+_LARGE = 2**16  # bytes from which a copy inside the kernel is worth its system call
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _LFS_MAGIC = b"version https://git-lfs"
 
@@ -48,6 +52,20 @@ V1 = Dialect("V1", 2, 4, 6)
 _V0_LAYER, _V0_NAME, _V0_BLOBS = 1, 1, 50
 _DATA, _SHAPE, _DOUBLE = 5, 7, 8
 _LEGACY_AXES = (1, 2, 3, 4)
+
+
+class MappedFile(mmap.mmap):
+    """A file mapped for reading that keeps its descriptor, so that the kernel can copy spans of it."""
+
+    descriptor: int
+
+    @classmethod
+    def of(cls, file: IO[bytes]) -> MappedFile:
+        """Map an open file; the map may outlive it."""
+        mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.descriptor = os.dup(file.fileno())
+        weakref.finalize(mapped, os.close, mapped.descriptor)
+        return mapped
 
 
 class Entry:
@@ -99,7 +117,7 @@ class MappedEntry(Entry):
     """A layer that stands in a mapped caffemodel, bytes [start, end) of it."""
 
     name: str
-    buffer: mmap.mmap
+    buffer: MappedFile
     start: int
     end: int
     blob_spans: tuple[tuple[int, int], ...]
@@ -109,7 +127,7 @@ class MappedEntry(Entry):
     def blobs(self) -> Blobs:
         try:
             return tuple(_read_blob(self.buffer, start, end) for start, end in self.blob_spans)
-        except (ValueError, OverflowError) as error:  # WireError is a ValueError
+        except ValueError as error:  # a WireError is one
             raise CaffemodelError(str(error), path=self.path, layer=self.name) from error
 
 
@@ -133,7 +151,7 @@ class Hdf5Entry(Entry):
 class Raw:
     """Bytes [start, end) of a mapped caffemodel that are no layer with blobs; kept as they are."""
 
-    buffer: mmap.mmap
+    buffer: MappedFile
     start: int
     end: int
 
@@ -243,10 +261,24 @@ def _group(data: h5py.Group, name: str) -> h5py.Group:
 
 
 def _write_span(file: IO[bytes], run: tuple[Any, int, int] | None) -> None:
-    if run is not None:
-        buffer, start, end = run
-        with memoryview(buffer) as view, view[start:end] as span:
-            file.write(span)
+    if run is None:
+        return
+    buffer, start, end = run
+    start = _copy_inside_system(buffer, start, end, file)
+    with memoryview(buffer) as view, view[start:end] as span:
+        file.write(span)
+
+
+def _copy_inside_system(buffer: MappedFile, start: int, end: int, file: IO[bytes]) -> int:
+    """Let the kernel append bytes of a mapped file to another, where it can; how far it came."""
+    if end - start < _LARGE or not hasattr(os, "copy_file_range"):
+        return start
+    file.flush()
+    with suppress(OSError):  # no real file, or two file systems: what is left is written from the map
+        target = file.fileno()
+        while start < end and (count := os.copy_file_range(buffer.descriptor, target, end - start, start)):
+            start += count
+    return start
 
 
 def load(path: str | Path) -> Weights:
@@ -265,13 +297,13 @@ def load(path: str | Path) -> Weights:
                 raise CaffemodelError("this is a Git LFS pointer, not the weights", path=path, hint=hint)
             if magic.startswith(_HDF5_MAGIC):
                 return _load_hdf5(path)
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            buffer = MappedFile.of(file)
     except OSError as error:
         raise unreadable(path, error) from error
     return _load_mapped(buffer, str(path))
 
 
-def _load_mapped(buffer: mmap.mmap, path: str) -> Weights:
+def _load_mapped(buffer: MappedFile, path: str) -> Weights:
     pieces: list[Piece] = []
     dialect = V2
     layers = 0
@@ -294,7 +326,7 @@ def _load_mapped(buffer: mmap.mmap, path: str) -> Weights:
     return Weights(pieces, path=path, dialect=dialect)
 
 
-def _broken(buffer: mmap.mmap, layers: int, error: WireError) -> str:
+def _broken(buffer: MappedFile, layers: int, error: WireError) -> str:
     offset = error.offset
     if layers:
         return f"truncated or damaged at byte {offset:,} of {len(buffer):,}, behind {layers} whole layers ({error})"
@@ -302,7 +334,7 @@ def _broken(buffer: mmap.mmap, layers: int, error: WireError) -> str:
 
 
 def _layer(
-    buffer: mmap.mmap, field: wire.WireField, dialect: Dialect
+    buffer: MappedFile, field: wire.WireField, dialect: Dialect
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Name and blob spans of one layer message, V0's nested form included."""
     name = ""
@@ -323,12 +355,12 @@ def _layer(
     return name, tuple(spans)
 
 
-def _name(buffer: mmap.mmap, field: wire.WireField) -> str:
+def _name(buffer: MappedFile, field: wire.WireField) -> str:
     """A layer's name, odd bytes kept as a prototxt's are."""
     return buffer[field.at : field.end].decode("utf-8", "surrogateescape")
 
 
-def _read_blob(buffer: mmap.mmap, start: int, end: int) -> np.ndarray:
+def _read_blob(buffer: MappedFile, start: int, end: int) -> np.ndarray:
     """One BlobProto as a read-only float32 array; a view of the map where its data is one packed run."""
     legacy: dict[int, int] = {}
     dims: list[int] = []
@@ -355,17 +387,18 @@ def _read_blob(buffer: mmap.mmap, start: int, end: int) -> np.ndarray:
     if data.size != prod(shape):
         text = " x ".join(map(str, shape)) or "a single number"
         raise ValueError(f"a blob of shape {text} ({prod(shape):,}) holds {data.size:,} numbers")
-    return _frozen(data.astype(np.float32, copy=False).reshape(shape))
+    with np.errstate(over="ignore"):  # a double beyond float32 is infinite, as in Caffe
+        return _frozen(data.astype(np.float32, copy=False).reshape(shape))
 
 
-def _packed(buffer: mmap.mmap, start: int, end: int, dtype: str) -> np.ndarray:
+def _packed(buffer: MappedFile, start: int, end: int, dtype: str) -> np.ndarray:
     size = np.dtype(dtype).itemsize
     if (end - start) % size:
         raise ValueError(f"packed data of {end - start} bytes is no whole number of values")
     return np.frombuffer(buffer, dtype, (end - start) // size, start)
 
 
-def _unpacked(buffer: mmap.mmap, first: wire.WireField, end: int) -> tuple[np.ndarray, int]:
+def _unpacked(buffer: MappedFile, first: wire.WireField, end: int) -> tuple[np.ndarray, int]:
     """A run of single values, each behind the same tag, and the position behind the run."""
     head = first.at - first.start
     step = first.end - first.start
@@ -377,7 +410,7 @@ def _unpacked(buffer: mmap.mmap, first: wire.WireField, end: int) -> tuple[np.nd
     return values, first.start + count * step
 
 
-def _dims(buffer: mmap.mmap, start: int, end: int) -> list[int]:
+def _dims(buffer: MappedFile, start: int, end: int) -> list[int]:
     dims: list[int] = []
     for field in wire.fields(buffer, start, end):
         if field.number != 1:

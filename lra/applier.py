@@ -61,17 +61,38 @@ def apply(
     plan.check(model, force=force)
     found = found or find(model, input_shapes)
     spectra = spectra or Spectra(found)
-    style = STYLES[str(plan.target.get("style", "default"))]
+    style = STYLES.get(str(plan.target.get("style", "default")))
+    if style is None:
+        raise PlanError(f'there is no style "{plan.target["style"]}"', hint="known: " + ", ".join(STYLES))
     namer = Namer.of(model)
     edits: list[Replace] = []
     errors: dict[str, float | None] = {}
+    ties = _Ties()
     for name, entry in plan.layers.items():
         target = _target(found, name)
         steps, errors[name] = _steps(found, spectra, target, entry)
+        ties.add(target, tuple(step.suffix for step in steps), entry)
         layer = found.shaped.graph.nodes[target.index].layer
         edits.append(Replace(name, new_layers(layer, target, steps, style, namer)))
     changed = rewrite(model, edits)
     return changed, _report(plan, found, changed, edits, errors, input_shapes)
+
+
+class _Ties:
+    """Layers that share a weight go on sharing their factors, so those of one name must be the same."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, tuple[str, ...]], tuple[str, LayerPlan]] = {}
+
+    def add(self, target: Target, suffixes: tuple[str, ...], entry: LayerPlan) -> None:
+        """Note a layer; raises PlanError where one before it shares its weight and is factored otherwise."""
+        if not target.shared:
+            return
+        name, first = self._seen.setdefault((target.shared, suffixes), (target.name, entry))
+        if (first.scheme, first.ranks) != (entry.scheme, entry.ranks):
+            mine, theirs = (f"{one.scheme} {'+'.join(map(str, one.ranks))}" for one in (entry, first))
+            what = f'shares its weight "{target.shared}" with layer "{name}": {mine} here and {theirs} there do not go together'
+            raise PlanError(what, layer=target.name, hint="plan the same for both")
 
 
 def _target(found: Found, name: str) -> Target:

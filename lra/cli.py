@@ -23,11 +23,16 @@ from caffe_proto.console import (
 from caffe_proto.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from caffe_proto.latency import Subject, Timing
     from caffe_proto.model import Model
 
     from .applier import Report
     from .plan import Plan
     from .targets import Found, Spectra
+
+    _Reference = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -199,8 +204,10 @@ class _Decompose:
             changed, report = apply(
                 plan, model, force=self.force, input_shapes=self.input_shapes, found=found, spectra=spectra
             )
+        reference = self._reference(model) if self.compare else None  # what can fail comes before the writing
+        subjects = self._subjects(model, changed) if self.time_it else []
         files = self._write(changed, plan)
-        self._finish(model, plan, report, files)
+        self._finish(report, files, reference, subjects)
 
     def _check(self) -> None:
         amounts = {
@@ -254,11 +261,13 @@ class _Decompose:
         from caffe_proto import files
 
         if self.prefix is not None:
-            with files.writing([f"{self.prefix}.plan.json"], [self.net, self.weights, self.plan_file]) as (
-                temporary,
-            ):
+            with files.writing([f"{self.prefix}.plan.json"], self._inputs(self.plan_file)) as (temporary,):
                 temporary.write_text(plan.to_json())
         click.echo(plan.to_json(), nl=False)
+
+    def _inputs(self, *more: str | None) -> list[str | None]:
+        """Every file that was given, none of which may be overwritten."""
+        return [self.net, self.weights, self.rank_config, self.compare, *self.except_, *self.only, *more]
 
     def _write(self, changed: Model, plan: Plan) -> dict[str, str]:
         """Write everything under temporary names, then rename it all."""
@@ -273,12 +282,7 @@ class _Decompose:
         }
         if self.onnx:
             names["onnx"] = f"{self.prefix}.onnx"
-        inputs = [
-            self.net,
-            self.weights,
-            self.rank_config,
-            *(() if self.plan_file == names["plan"] else (self.plan_file,)),
-        ]
+        inputs = self._inputs(self.plan_file if self.plan_file != names["plan"] else None)
         with files.writing(names.values(), inputs) as temporary:
             temporary[0].write_bytes(files.text_bytes(changed.net.text))
             assert changed.weights is not None
@@ -289,7 +293,9 @@ class _Decompose:
                 temporary[3].write_bytes(made.SerializeToString())
         return names
 
-    def _finish(self, model: Model, plan: Plan, report: Report, files: dict[str, str]) -> None:
+    def _finish(
+        self, report: Report, files: dict[str, str], reference: _Reference | None, subjects: list[Subject]
+    ) -> None:
         """Read the written files again, and say what they are."""
         from caffe_proto.costs import cost
         from caffe_proto.graph import build
@@ -301,17 +307,15 @@ class _Decompose:
         after = cost(infer(build(written.net), self.input_shapes, partial=True))
         if after.macs != report.macs[1] or after.params != report.params[1]:
             raise AssertionError("the written files do not cost what was planned")
-        apart = self._apart(model, written) if self.compare else {}
-        times = self._times(files) if self.time_it else []
+        apart = self._apart(written, reference) if reference is not None else {}
+        times = self._times(subjects) if subjects else []
         if self.as_json:
             console.echo_json(_json(report, files, apart, times))
         else:
             _print(report, files, apart, times)
 
-    def _apart(self, model: Model, written: Model) -> dict[str, float]:
-        """Relative difference of every output, ||b - a|| / ||a||, on the given or a random input."""
-        import numpy as np
-
+    def _reference(self, model: Model) -> _Reference:
+        """What to feed, given or random, and what the net makes of it."""
         from caffe_proto import runtime
         from caffe_proto.cli import _feeds
         from caffe_proto.onnx_export import Request
@@ -322,7 +326,15 @@ class _Decompose:
                 feeds = runtime.random_feeds(model, request, self.seed)
             else:
                 feeds = _feeds([str(self.compare)], opened.input_names)
-            reference = opened.run(feeds)
+            return feeds, opened.run(feeds)
+
+    def _apart(self, written: Model, compared: _Reference) -> dict[str, float]:
+        """Relative difference of every output, ||b - a|| / ||a||."""
+        import numpy as np
+
+        from caffe_proto import runtime
+
+        feeds, reference = compared
         with runtime.session(written, threads=self.threads, input_shapes=self.input_shapes) as opened:
             results = opened.run(feeds)
         norms = {
@@ -334,23 +346,30 @@ class _Decompose:
             for name, (difference, norm) in norms.items()
         }
 
-    def _times(self, files: dict[str, str]) -> list[Any]:
+    def _subjects(self, model: Model, changed: Model) -> list[Subject]:
+        from caffe_proto import latency
+        from caffe_proto.onnx_export import Request
+
+        request = Request(input_shapes=self.input_shapes)
+        names = (self.net, f"{self.prefix}.prototxt")
+        return [
+            latency.of_model(name, one, request) for name, one in zip(names, (model, changed), strict=True)
+        ]
+
+    def _times(self, subjects: list[Subject]) -> list[Timing]:
         from caffe_proto import latency
         from caffe_proto.runtime import Engine
 
-        pairs = ((self.net, self.weights), (files["prototxt"], files["caffemodel"]))
-        subjects = [
-            latency.subject(f"{net},{weights}", batch=None, seed=self.seed, phase=self.phase)
-            for net, weights in pairs
-        ]
         return latency.measure(subjects, Engine(self.threads))
 
 
-def _ratio(pair: tuple[int, int]) -> float:
+def _ratio(pair: tuple[float, float]) -> float:
     return pair[0] / pair[1] if pair[1] else 1.0
 
 
-def _json(report: Report, files: dict[str, str], apart: dict[str, float], times: list[Any]) -> dict[str, Any]:
+def _json(
+    report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]
+) -> dict[str, Any]:
     speedup: dict[str, Any] = {"macs": _ratio(report.macs), "conv_macs": _ratio(report.conv_macs)}
     if times:
         speedup["latency"] = times[0].median / times[1].median
@@ -379,15 +398,13 @@ def _json(report: Report, files: dict[str, str], apart: dict[str, float], times:
     return made
 
 
-def _print(report: Report, files: dict[str, str], apart: dict[str, float], times: list[Any]) -> None:
+def _print(report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]) -> None:
     rows = [
         [
             row.name,
             row.scheme,
             f"{'+'.join(map(str, row.ranks))}/{row.full_rank}",
-            f"{row.macs[0]:,}",
-            f"{row.macs[1]:,}",
-            f"{_ratio(row.macs):.2f}x",
+            *((f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x") if row.macs[0] else "---"),
             "-" if row.error is None else f"{row.error:.4f}",
         ]
         for row in report.rows
@@ -401,6 +418,10 @@ def _print(report: Report, files: dict[str, str], apart: dict[str, float], times
     for reason, names in reasons.items():
         click.echo(f"kept {', '.join(names)}: {reason}")
     click.echo()
+    if any(not row.macs[0] for row in report.rows):
+        click.echo(
+            "MACs and parameters behind inputs of unknown shape do not count; give it with --input-shape"
+        )
     for what, pair in (
         ("MACs, whole net", report.macs),
         ("MACs, convolutions", report.conv_macs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +52,16 @@ class LayerPlan:
         ranks = value.get("ranks", [value["rank"]] if "rank" in value else [])
         if not isinstance(ranks, list) or not ranks or not all(map(_is_rank, ranks)):
             raise PlanError(f'"ranks" is {ranks!r}, a list of whole numbers is needed', layer=name)
-        scheme = value.get("scheme", "")
-        if scheme and scheme not in SCHEMES:
-            raise PlanError(f'there is no scheme "{scheme}"', layer=name, hint="known: " + ", ".join(SCHEMES))
-        macs = value.get("macs")
-        return cls(scheme, tuple(ranks), (int(macs[0]), int(macs[1])) if macs else None, value.get("error"))
+        scheme, macs, error = value.get("scheme", ""), value.get("macs"), value.get("error")
+        if not isinstance(scheme, str) or (scheme and scheme not in SCHEMES):
+            raise PlanError(
+                f"there is no scheme {json.dumps(scheme)}", layer=name, hint="known: " + ", ".join(SCHEMES)
+            )
+        if macs is not None and not (isinstance(macs, list) and len(macs) == 2 and all(map(_is_rank, macs))):
+            raise PlanError(f'"macs" is {macs!r}, two whole numbers are needed', layer=name)
+        if error is not None and not isinstance(error, int | float):
+            raise PlanError(f'"error" is {error!r}, a number is needed', layer=name)
+        return cls(scheme, tuple(ranks), (macs[0], macs[1]) if macs else None, error)
 
 
 def _is_rank(value: Any) -> bool:
@@ -75,6 +81,8 @@ class Plan(BasePlan[LayerPlan]):
             layers, kept, target = value["layers"], value.get("kept", {}), value.get("target", {})
             if not all(isinstance(part, dict) for part in (layers, kept, target)):
                 raise PlanError('"layers", "kept" and "target" must be objects')
+            if not all(isinstance(reason, str) for reason in kept.values()):
+                raise PlanError('"kept" must say the reason of each layer as a string')
             entries = {name: LayerPlan.from_dict(name, one) for name, one in layers.items()}
             return cls(
                 entries, dict(kept), dict(target), str(value.get("net", "")), str(value.get("weights", ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import floor, log10
 from typing import Any, cast
 
 from caffe_proto.costs import cost as count
@@ -144,8 +145,8 @@ def _check_request(
     given = [amount for amount in (speedup, energy, ranks, rank_config) if amount is not None]
     if len(given) != 1:
         raise UsageError("give exactly one of speedup, energy, ranks and rank_config")
-    if speedup is not None and not speedup > 1:
-        raise UsageError(f"a speed-up of {speedup:g} is none; it must be above 1")
+    if speedup is not None and not 1 < speedup < float("inf"):
+        raise UsageError(f"a speed-up of {speedup:g} is none; it must be a number above 1")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"energy {energy:g} must lie above 0 and at most at 1")
     if round_to < 1:
@@ -175,31 +176,41 @@ class _Job:
     def by_speedup(self, targets: list[Target], speedup: float, scope: str) -> dict[str, LayerPlan]:
         cost = count(self.found.shaped)
         total = cost.conv_macs if scope == "conv" else cost.macs
-        eligible = sum(target.macs for target in targets)
-        fixed = total - sum(target.macs for target in targets if scope == "all" or not target.dense)
-        if not total or any(target.in_hw is None for target in targets):
-            raise UsageError(
-                "a speed-up cannot be counted: shapes of the net are not known",
-                path=self.found.model.net.path,
-                hint="give --input-shape, or --ranks or --energy instead of --speedup",
-            )
-        budget = float(Fraction(total) / Fraction(speedup)) - fixed
-        options = [self.options(target) for target in targets]
         if scope == "conv":
-            options = [[] if target.dense else found for target, found in zip(targets, options, strict=True)]
-        targets = [target for target, found in zip(targets, options, strict=True) if found]
-        options = [found for found in options if found]
+            dense = [target.name for target in targets if target.dense]
+            self.kept.update(dict.fromkeys(dense, "fully connected (--scope is conv)"))
+            targets = [target for target in targets if not target.dense]
+        if not total or any(target.in_hw is None for target in targets):
+            raise self._uncounted()
+        eligible = sum(target.macs for target in targets)
+        fixed = total - eligible
+        budget = float(Fraction(total) / Fraction(speedup)) - fixed
+        tied = _tied(targets)
+        options = [_alike([self.options(target) for target in group]) for group in tied]
         try:
             chosen = policy.allocate(options, budget)
         except Infeasible as error:
-            most = total / (fixed + error.smallest)
+            most = _below(total / (fixed + error.smallest))
             where = "whole net" if scope == "all" else "convolutions"
             raise UsageError(
                 f"a speed-up of {speedup:g} of the {where} cannot be reached: at the smallest ranks it is {most:.3g}",
                 hint=f"the layers to decompose hold {eligible / cost.macs:.0%} of the MACs; "
                 "ask for less, or allow more layers (--fc, fewer --except)",
             ) from None
-        return self._planned(targets, chosen)
+        return self._planned(
+            [(target, option) for group, option in zip(tied, chosen, strict=True) for target in group]
+        )
+
+    def _uncounted(self) -> UsageError:
+        """Why MACs cannot be counted: the first layer whose shape is missing."""
+        cause = next(iter(self.found.shaped.unknown.values()), None)
+        reason = f'layer "{cause.layer}": {cause.message}' if cause is not None else "no layer computes any"
+        return UsageError(
+            f"a speed-up cannot be counted: {reason}",
+            path=self.found.model.net.path,
+            line=cause.line if cause is not None else None,
+            hint="give every input's shape with --input-shape, or --ranks or --energy instead of --speedup",
+        )
 
     def options(self, target: Target) -> list[Option]:
         """Every way to treat a layer that is cheaper than leaving it alone, and leaving it alone."""
@@ -215,9 +226,9 @@ class _Job:
                 made.append(Option(float(cost), float(losses[rank // group - 1]), (scheme.name, rank)))
         return made
 
-    def _planned(self, targets: list[Target], chosen: list[Option]) -> dict[str, LayerPlan]:
+    def _planned(self, chosen: list[tuple[Target, Option]]) -> dict[str, LayerPlan]:
         layers: dict[str, LayerPlan] = {}
-        for target, option in zip(targets, chosen, strict=True):
+        for target, option in chosen:
             if option.key is None:
                 self.kept[target.name] = self._never_cheaper(target) or "the speed-up is reached without it"
             else:
@@ -307,8 +318,8 @@ class _Job:
         layers[target.name] = self.entry(target, scheme, rank)
 
     def entry(self, target: Target, scheme: Scheme, rank: int) -> LayerPlan:
-        """What the plan says: scheme, rank, MACs, and sqrt(1 - energy) where weights are there."""
-        macs = (target.macs, target.chain_cost(scheme, rank))
+        """What the plan says: scheme, rank, MACs where shapes are known, sqrt(1 - energy) where weights are."""
+        macs = (target.macs, target.chain_cost(scheme, rank)) if target.in_hw is not None else None
         return LayerPlan(scheme.name, (rank,), macs, self._error(target, scheme, rank))
 
     def _error(self, target: Target, scheme: Scheme, rank: int) -> float | None:
@@ -316,6 +327,29 @@ class _Job:
             return None
         spectrum: Spectrum = self.spectra.get(target, scheme)
         return float(f"{max(0.0, 1 - spectrum.retained(rank)) ** 0.5:.6g}")
+
+
+def _tied(targets: list[Target]) -> list[list[Target]]:
+    """Layers that share one weight together, all others alone; in net order of the first."""
+    groups: dict[tuple[str, str], list[Target]] = {}
+    for target in targets:
+        key = ("shared", target.shared) if target.shared else ("own", target.name)
+        groups.setdefault(key, []).append(target)
+    return list(groups.values())
+
+
+def _alike(layers: list[list[Option]]) -> list[Option]:
+    """The options of several layers that are all treated alike."""
+    found = [{option.key: option for option in options} for options in layers]
+    common = [key for key in found[0] if all(key in options for options in found)]
+    groups = [[options[key] for options in found] for key in common]
+    return [Option(sum(o.cost for o in same), sum(o.loss for o in same), same[0].key) for same in groups]
+
+
+def _below(ratio: float) -> float:
+    """A ratio rounded down to three digits, so that it can be asked for."""
+    unit = 10.0 ** (floor(log10(ratio)) - 2)
+    return floor(ratio / unit) * unit
 
 
 def _positions(target: Target) -> int:

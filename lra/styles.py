@@ -50,18 +50,15 @@ STYLES: Mapping[str, Style] = MappingProxyType(
 def new_layers(
     layer: Layer, target: Target, steps: Sequence[Step | StepShape], style: Style, namer: Namer
 ) -> tuple[NewLayer, ...]:
-    """The blocks that stand for a chain in the place of ``layer``; the last one writes its tops."""
+    """The blocks that stand for a chain in the place of ``layer``: its bottoms on the first, its tops on the last."""
     made: list[NewLayer] = []
-    bottoms = layer.bottoms
+    bottoms: tuple[str, ...] | None = None
     for position, step in enumerate(steps):
         last = position == len(steps) - 1
         suffix = style.suffix(step.suffix)
         name = namer.unique(layer.name + suffix)
-        tops = (
-            layer.tops
-            if last
-            else _inner_tops(layer, name, suffix, step.suffix in style.top_from_blob, namer)
-        )
+        from_blob = step.suffix in style.top_from_blob
+        tops = None if last else _inner_tops(layer, name, suffix, from_blob, namer)
         has_bias = _has_bias(layer, target)
         frozen = not last and has_bias and step.suffix in style.frozen_bias
         made.append(
@@ -70,7 +67,9 @@ def new_layers(
                 bottoms=bottoms,
                 tops=tops,
                 block="inner_product_param" if target.dense else "convolution_param",
-                settings=_settings(layer, target, step, last or frozen, step.suffix in style.explicit),
+                settings=_settings(
+                    layer, target, step, not position, last or frozen, step.suffix in style.explicit
+                ),
                 blobs=_blobs(step, target, frozen) if isinstance(step, Step) else None,
                 params=2 if last or frozen else 1,
                 rename_weight=suffix,
@@ -111,14 +110,15 @@ def _blobs(step: Step, target: Target, zero_bias: bool) -> Blobs:
 
 
 def _settings(
-    layer: Layer, target: Target, step: Step | StepShape, keeps_bias: bool, explicit: bool
+    layer: Layer, target: Target, step: Step | StepShape, first: bool, keeps_bias: bool, explicit: bool
 ) -> dict[str, list[str]]:
     settings: dict[str, list[str]] = {"num_output": [str(step.shape[0])]}
     if not keeps_bias:
         settings |= {"bias_term": ["false"], "bias_filler": []}
-    if target.dense:
-        return settings
     block = _block(layer, target)
+    if target.dense:
+        from_end = block is not None and block.string("axis").startswith("-")
+        return settings | ({"axis": ["-1"]} if from_end and not first else {})  # a later step has fewer axes
     present = {field.name for field in block.fields} if block else set()
     settings |= _pair("kernel", "kernel_size", (step.shape[2], step.shape[3]), None, present, explicit)
     settings |= _pair("pad", "pad", step.pad, 0, present, explicit)

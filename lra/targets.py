@@ -9,6 +9,7 @@ from math import prod
 import numpy as np
 
 from caffe_proto import binding
+from caffe_proto.errors import WeightsError
 from caffe_proto.graph import Node, build
 from caffe_proto.layers.conv import ConvParams
 from caffe_proto.layers.conv import geometry as conv_geometry
@@ -28,7 +29,8 @@ class Target:
     """A convolution, or a fully connected layer as the 1 x 1 convolution it is.
 
     ``shape`` is (out, in/group, kh, kw); ``places``: how many pictures a forward pass puts through it
-    (batch times bottoms); ``in_hw`` is None where the net's shapes are not known here.
+    (batch times bottoms); ``in_hw`` is None where the net's shapes are not known here. ``shared``: the name
+    that the weight is shared by, or "".
     """
 
     name: str
@@ -39,6 +41,7 @@ class Target:
     geometry: Geometry
     in_hw: Pair | None
     places: int
+    shared: str
 
     @property
     def macs(self) -> int:
@@ -89,18 +92,39 @@ class Found:
 def find(model: Model, inputs: InputShapes | None = None) -> Found:
     """Look through a net. Raises WeightsError where net and weights do not belong together."""
     shaped = infer(build(model.net), inputs, partial=True)
-    blobs = binding.bind(shaped, model.weights) if model.weights is not None else {}
+    blobs = dict(binding.bind(shaped, model.weights)) if model.weights is not None else {}
     targets: dict[str, Target] = {}
     refused: dict[str, str] = {}
     for index, node in enumerate(shaped.graph.nodes):
         if node.layer.type not in ("Convolution", "InnerProduct"):
             continue
         made = _target(model, shaped, index, node)
-        if isinstance(made, Target):
-            targets[node.name] = made
-        else:
+        if isinstance(made, str):
             refused[node.name] = made
+            continue
+        targets[node.name] = made
+        if index in shaped.unknown:
+            blobs[index] = _stored(model, node)
     return Found(model, shaped, targets, refused, blobs)
+
+
+def _stored(model: Model, node: Node) -> Arrays:
+    """The blobs of a layer whose input shape is not known, as far as they can be checked without it."""
+    assert model.weights is not None and isinstance(node.params, ConvParams | DenseParams)
+    p, (weight, *biases) = node.params, model.weights[node.name]
+    if isinstance(p, DenseParams):
+        weight = weight.reshape(weight.shape[-2:])
+    outputs = weight.shape[1] if isinstance(p, DenseParams) and p.transpose else weight.shape[0]
+    if len(biases) != p.bias or outputs != p.num_output:
+        shapes = ", ".join(text(blob.shape) for blob in (weight, *biases))
+        what = f"learns {1 + p.bias} blobs for {p.num_output} outputs, stored are {shapes}"
+        raise WeightsError(
+            what,
+            path=model.weights.path,
+            layer=node.name,
+            hint="give the weights that were trained with the net",
+        )
+    return (weight, *(bias.reshape(-1) for bias in biases))
 
 
 def _target(model: Model, shaped: Shaped, index: int, node: Node) -> Target | str:
@@ -130,20 +154,27 @@ def _convolution(shaped: Shaped, index: int, p: ConvParams, stored: Arrays) -> T
     _, g = conv_geometry(p, bottom)
     geometry = Geometry(_pair(g.stride), _pair(g.pad), _pair(g.dilation), p.group)
     shape = (weight[0], weight[1], weight[2], weight[3])
-    return Target(name, index, False, False, shape, geometry, in_hw, places)
+    return Target(name, index, False, False, shape, geometry, in_hw, places, _shared(shaped, index))
 
 
 def _fully_connected(shaped: Shaped, index: int, p: DenseParams, stored: Arrays) -> Target | str:
     name = shaped.graph.nodes[index].name
+    in_hw: Pair | None = None
     if index in shaped.unknown:
         weight, places = stored[0].shape[-2:], 1
     else:
-        weight, bottom = shaped.blobs(index)[0], shaped.bottoms(index)[0]
+        weight, bottom, in_hw = shaped.blobs(index)[0], shaped.bottoms(index)[0], (1, 1)
         places = prod(bottom[: canonical_axis(p.axis, len(bottom))])
     inputs, outputs = weight if p.transpose else (weight[1], weight[0])
     if min(inputs, outputs) < 1:
         return f"its weight {text(weight)} is empty"
-    return Target(name, index, True, p.transpose, (outputs, inputs, 1, 1), Geometry(), (1, 1), places)
+    shape = (outputs, inputs, 1, 1)
+    return Target(name, index, True, p.transpose, shape, Geometry(), in_hw, places, _shared(shaped, index))
+
+
+def _shared(shaped: Shaped, index: int) -> str:
+    specs = shaped.graph.nodes[index].layer.param_specs
+    return specs[0].name if specs else ""
 
 
 def _pair(values: tuple[int, ...]) -> Pair:
@@ -162,10 +193,20 @@ class Spectra:
         self._made: dict[tuple[str, str], Spectrum] = {}
 
     def get(self, target: Target, scheme: Scheme) -> Spectrum:
-        """The factorization of a layer by a scheme."""
+        """The factorization of a layer by a scheme. Raises WeightsError where it has no weights, or infinite ones."""
         key = (target.name, scheme.name)
         if key not in self._made:
+            if target.index not in self.found.blobs:
+                raise WeightsError(
+                    "there are no weights to decompose", path=self.found.model.net.path, layer=target.name
+                )
             weight = target.kernel(self.found.blobs[target.index][0])
+            if not np.isfinite(weight).all():
+                weights = self.found.model.weights
+                path = weights.path if weights is not None else None
+                raise WeightsError(
+                    "its weights hold values that are not finite (nan or inf)", path=path, layer=target.name
+                )
             if not any(name == target.name for name, _ in self._made):
                 self._step()
             self._made[key] = scheme.spectrum(weight, target.geometry)

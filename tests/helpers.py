@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,11 @@ FLOAT, DOUBLE = "<f4", "<f8"
 def shared_files(folder: str, *patterns: str) -> list[Path]:
     """The files under a folder of shared/ whose names match; none where shared/ is absent."""
     return sorted(path for pattern in patterns for path in (SHARED / folder).rglob(pattern) if path.is_file())
+
+
+def f32(values: float | Sequence[Any]) -> np.ndarray:
+    """An array of Caffe's own type."""
+    return np.array(values, np.float32)
 
 
 def floats(*values: float, dtype: str = FLOAT) -> bytes:
@@ -46,7 +51,9 @@ def shape(*dims: int) -> bytes:
 def legacy_shape(**axes: int) -> bytes:
     """BlobProto.num, channels, height, width."""
     numbers = {"num": 1, "channels": 2, "height": 3, "width": 4}
-    return b"".join(wire.tag(numbers[axis], wire.VARINT) + wire.encode_varint(size) for axis, size in axes.items())
+    return b"".join(
+        wire.tag(numbers[axis], wire.VARINT) + wire.encode_varint(size) for axis, size in axes.items()
+    )
 
 
 def v2_layer(name: str, *blobs: bytes) -> bytes:
@@ -72,7 +79,7 @@ def blob(array: np.ndarray) -> bytes:
     return shape(*array.shape) + wire.encode_bytes(5, np.ascontiguousarray(array, FLOAT).tobytes())
 
 
-def v2_file(layers: dict[str, Sequence[np.ndarray]], name: str = "net") -> bytes:
+def v2_file(layers: Mapping[str, Sequence[np.ndarray]], name: str = "net") -> bytes:
     """A caffemodel of V2 layers."""
     written = (v2_layer(layer, *map(blob, arrays)) for layer, arrays in layers.items())
     return wire.encode_bytes(1, name.encode()) + b"".join(written)

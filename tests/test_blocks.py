@@ -34,14 +34,22 @@ def adding(*items: str, after: tuple[str, ...] = ()) -> Edits:
 
 
 def removing(name: str) -> Edits:
-    return lambda block, message: [block.remove(field) for field in message.all(name)] and None
+    def edits(block: Block, message: Message) -> None:
+        for field in message.all(name):
+            block.remove(field)
+
+    return edits
 
 
-def both(*edits: Edits) -> Edits:
-    return lambda block, message: [edit(block, message) for edit in edits] and None
+def both(*parts: Edits) -> Edits:
+    def edits(block: Block, message: Message) -> None:
+        for part in parts:
+            part(block, message)
+
+    return edits
 
 
-ONE_LINE = 'l { name: "a" k: 1, k: 2; pad: 0 } '.strip()
+ONE_LINE = 'l { name: "a" k: 1, k: 2; pad: 0 }'
 MANY = 'l {\n  name: "a"  # the name\n  k: 1\n  k: 2;  # two\n  pad: 0\n}'
 CRLF = MANY.replace("\n", "\r\n")
 TABS = MANY.replace("  ", "\t")
@@ -64,13 +72,21 @@ LIST = "l {\n  k: [1, 2],\n  pad: 0\n}"
         (CRLF, setting("k", "7"), 'l {\r\n  name: "a"  # the name\r\n  k: 7\r\n  pad: 0\r\n}'),
         # more values than there were
         (ONE_LINE, setting("k", "7", "8", "9"), 'l { name: "a" k: 7, k: 8; k: 9 pad: 0 }'),
-        (MANY, setting("k", "7", "8", "9"), 'l {\n  name: "a"  # the name\n  k: 7\n  k: 8;  # two\n  k: 9\n  pad: 0\n}'),
+        (
+            MANY,
+            setting("k", "7", "8", "9"),
+            'l {\n  name: "a"  # the name\n  k: 7\n  k: 8;  # two\n  k: 9\n  pad: 0\n}',
+        ),
         (
             CRLF,
             setting("k", "7", "8", "9"),
             'l {\r\n  name: "a"  # the name\r\n  k: 7\r\n  k: 8;  # two\r\n  k: 9\r\n  pad: 0\r\n}',
         ),
-        (TABS, setting("k", "7", "8", "9"), 'l {\n\tname: "a"\t# the name\n\tk: 7\n\tk: 8;\t# two\n\tk: 9\n\tpad: 0\n}'),
+        (
+            TABS,
+            setting("k", "7", "8", "9"),
+            'l {\n\tname: "a"\t# the name\n\tk: 7\n\tk: 8;\t# two\n\tk: 9\n\tpad: 0\n}',
+        ),
         # lists
         (LIST, setting("k", "3"), "l {\n  k: 3,\n  pad: 0\n}"),
         (LIST, setting("k", "3", "4"), "l {\n  k: 3,\n  k: 4\n  pad: 0\n}"),
@@ -89,7 +105,11 @@ LIST = "l {\n  k: [1, 2],\n  pad: 0\n}"
         (ONE_LINE, setting("z", "9", after=("name", "k")), 'l { name: "a" k: 1, k: 2; z: 9 pad: 0 }'),
         (ONE_LINE, setting("z", "8", "9", after=("name",)), 'l { name: "a" z: 8 z: 9 k: 1, k: 2; pad: 0 }'),
         (ONE_LINE, setting("z", "9", after=("nothing",)), 'l { name: "a" k: 1, k: 2; pad: 0 z: 9 }'),
-        (MANY, setting("z", "9"), 'l {\n  name: "a"  # the name\n  k: 1\n  k: 2;  # two\n  pad: 0\n  z: 9\n}'),
+        (
+            MANY,
+            setting("z", "9"),
+            'l {\n  name: "a"  # the name\n  k: 1\n  k: 2;  # two\n  pad: 0\n  z: 9\n}',
+        ),
         (
             CRLF,
             setting("z", "8", "9", after=("name",)),
@@ -98,7 +118,11 @@ LIST = "l {\n  k: [1, 2],\n  pad: 0\n}"
         ("l { name: 'a' # note\n}", setting("z", "9"), "l { name: 'a' z: 9 # note\n}"),
         ("l {\n  k: 1 }", setting("z", "9"), "l {\n  k: 1 z: 9 }"),
         # added fields
-        (ONE_LINE, adding("p { q: 1 }", "p { }", after=("k",)), 'l { name: "a" k: 1, k: 2; p { q: 1 } p { } pad: 0 }'),
+        (
+            ONE_LINE,
+            adding("p { q: 1 }", "p { }", after=("k",)),
+            'l { name: "a" k: 1, k: 2; p { q: 1 } p { } pad: 0 }',
+        ),
         (LIST, adding("z: 9", after=("k",)), "l {\n  k: [1, 2],\n  z: 9\n  pad: 0\n}"),
         ("l {\n  m {\n    k: 1\n  }\n}", adding("z: 9"), "l {\n  m {\n    k: 1\n  }\n  z: 9\n}"),
         ("l { }", adding("k: 1"), "l { k: 1 }"),
@@ -110,8 +134,16 @@ LIST = "l {\n  k: [1, 2],\n  pad: 0\n}"
         ("l {\n  m {\n    k: 1\n  }\n  n: 2\n}", removing("m"), "l {\n  n: 2\n}"),
         ("l {\n  # about m\n  m: 1\n\n  n: 2\n}", removing("m"), "l {\n  # about m\n\n  n: 2\n}"),
         # what is added beside a removed field takes its place, in either order
-        (MANY, both(setting("pad"), setting("z", "8", "9", after=("pad",))), MANY.replace("pad: 0", "z: 8\n  z: 9")),
-        (MANY, both(setting("z", "8", "9", after=("pad",)), setting("pad")), MANY.replace("pad: 0", "z: 8\n  z: 9")),
+        (
+            MANY,
+            both(setting("pad"), setting("z", "8", "9", after=("pad",))),
+            MANY.replace("pad: 0", "z: 8\n  z: 9"),
+        ),
+        (
+            MANY,
+            both(setting("z", "8", "9", after=("pad",)), setting("pad")),
+            MANY.replace("pad: 0", "z: 8\n  z: 9"),
+        ),
         (CRLF, both(setting("pad"), setting("z", "9")), CRLF.replace("pad: 0", "z: 9")),
         (ONE_LINE, both(setting("k"), setting("z", "9", after=("k",))), 'l { name: "a" z: 9 pad: 0 }'),
         ("l { k: 1 }", both(removing("k"), adding("z: 2", "z: 3")), "l { z: 2 z: 3 }"),
@@ -154,7 +186,11 @@ _ITEMS = st.lists(
 )
 
 
-@given(_ITEMS, st.sampled_from(["{}", "<>"]), st.dictionaries(st.sampled_from("abz"), st.lists(st.integers(0, 9), max_size=3)))
+@given(
+    _ITEMS,
+    st.sampled_from(["{}", "<>"]),
+    st.dictionaries(st.sampled_from("abz"), st.lists(st.integers(0, 9), max_size=3)),
+)
 def test_what_is_set_is_read_back_and_the_rest_stays(
     items: list[tuple[str, str, str, str]], braces: str, settings: dict[str, list[int]]
 ) -> None:

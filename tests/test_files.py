@@ -39,7 +39,10 @@ def test_keeps_what_stood_there_when_the_block_raises(tmp_path: Path, error: Bas
 
 def test_an_unwritten_file_stops_all(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
-    with pytest.raises(FileError, match="nothing was written"), files.writing([tmp_path / "a", tmp_path / "b"]) as (a, _):
+    with (
+        pytest.raises(FileError, match="nothing was written"),
+        files.writing([tmp_path / "a", tmp_path / "b"]) as (a, _),
+    ):
         a.write_text("1")
     assert listing(tmp_path) == {"a": "old"}
 
@@ -76,7 +79,10 @@ def test_refuses_to_overwrite_an_input(tmp_path: Path, link: str) -> None:
     else:
         (tmp_path / "sub").mkdir()
         target = tmp_path / "sub" / ".." / "in"
-    with pytest.raises(UsageError, match="is an input"), files.writing([tmp_path / "x", target], [None, source]):
+    with (
+        pytest.raises(UsageError, match="is an input"),
+        files.writing([tmp_path / "x", target], [None, source]),
+    ):
         pytest.fail("the block was entered")
     assert source.read_text() == "precious"
 

@@ -27,7 +27,9 @@ CONV = (np.arange(6, dtype=np.float32).reshape(2, 3, 1, 1), np.ones(2, np.float3
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "net.prototxt").write_bytes(PROTOTXT)
-    (tmp_path / "w.caffemodel").write_bytes(v2_file({"conv": CONV}) + v2_layer("test") + wire.encode_bytes(3, b"extra"))
+    (tmp_path / "w.caffemodel").write_bytes(
+        v2_file({"conv": CONV}) + v2_layer("test") + wire.encode_bytes(3, b"extra")
+    )
     return tmp_path
 
 
@@ -55,7 +57,9 @@ def test_hdf5_and_back(folder: Path, suffix: str) -> None:
 
 def test_a_v1_caffemodel_goes_through_hdf5(folder: Path) -> None:
     (folder / "v1.caffemodel").write_bytes(v1_layer("conv", *map(blob, CONV)))
-    model.save(model.load(folder / "net.prototxt", folder / "v1.caffemodel"), folder / "b.prototxt", folder / "b.h5")
+    model.save(
+        model.load(folder / "net.prototxt", folder / "v1.caffemodel"), folder / "b.prototxt", folder / "b.h5"
+    )
     assert same(weights.load(folder / "b.h5")["conv"], CONV)
 
 
@@ -69,7 +73,11 @@ def test_the_fingerprint_is_of_both_files(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("net", "stored"),
-    [("net.prototxt", "new.caffemodel"), ("new.prototxt", "w.caffemodel"), ("w.caffemodel", "new.caffemodel")],
+    [
+        ("net.prototxt", "new.caffemodel"),
+        ("new.prototxt", "w.caffemodel"),
+        ("w.caffemodel", "new.caffemodel"),
+    ],
 )
 def test_inputs_are_never_overwritten(folder: Path, net: str, stored: str) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -119,13 +127,17 @@ def test_errors_name_the_file(folder: Path) -> None:
 def test_a_replaced_layer_is_saved(folder: Path) -> None:
     first = loaded(folder)
     assert first.weights is not None
-    changed = replace(first, weights=first.weights.replace({"conv": [weights.NewEntry("conv", (CONV[0][:1],))]}))
+    changed = replace(
+        first, weights=first.weights.replace({"conv": [weights.NewEntry("conv", (CONV[0][:1],))]})
+    )
     model.save(changed, folder / "b.prototxt", folder / "b.caffemodel")
     assert same(weights.load(folder / "b.caffemodel")["conv"], (CONV[0][:1],))
 
 
 @needs_shared
-@pytest.mark.parametrize("case", ["v0_net", "v1_net_v2weights", "v2_proto_v1_weights", "net_mini_resnet", "trainval_deploy"])
+@pytest.mark.parametrize(
+    "case", ["v0_net", "v1_net_v2weights", "v2_proto_v1_weights", "net_mini_resnet", "trainval_deploy"]
+)
 def test_oracle_models_are_saved_byte_for_byte(case: str, tmp_path: Path) -> None:
     source = SHARED / "oracle" / "cases" / case
     found = model.load(source / "net.prototxt", source / "weights.caffemodel")

@@ -104,7 +104,11 @@ def test_v1_nets_of_the_wild_have_the_layers_that_caffe_upgrades_them_to() -> No
 def test_dialects_of_the_wild() -> None:
     verdicts = json.loads((SHARED / "oracle" / "zoo" / "zoo.json").read_text())
     for name, verdict in verdicts.items():
-        if verdict.get("dialect") in ("V0", "V1", "V2") and verdict["caffe_parses"] and verdict["kind"] == "net":
+        if (
+            verdict.get("dialect") in ("V0", "V1", "V2")
+            and verdict["caffe_parses"]
+            and verdict["kind"] == "net"
+        ):
             found = net.load(SHARED / "oracle" / "zoo" / name)
             assert not found.all_layers or found.dialect == verdict["dialect"], name
 
@@ -214,7 +218,9 @@ def test_there_are_two_phases() -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize("case", ["trainval_deploy", "trainval_level1", "trainval_level2", "trainval_level3", "trainval_stage_a"])
+@pytest.mark.parametrize(
+    "case", ["trainval_deploy", "trainval_level1", "trainval_level2", "trainval_level3", "trainval_stage_a"]
+)
 def test_states_give_the_layers_that_caffe_builds(case: str) -> None:
     folder = SHARED / "oracle" / "cases" / case
     state, built = (json.loads((folder / name).read_text()) for name in ("state.json", "io.json"))
@@ -233,7 +239,11 @@ def test_states_give_the_layers_that_caffe_builds(case: str) -> None:
         ("input: 'a' input_dim: [1, 3, 5, 7]", ("a",), [("1", "3", "5", "7")]),
         ("input: 'a' input_shape { dim: 2 dim: 10 }", ("a",), [("2", "10")]),
         ("input_shape { dim: [2, 3] } input: 'a' input_shape { } input: 'b'", ("a", "b"), [("2", "3"), ()]),
-        ("input: 'a' input: 'b' input_dim: [1, 2, 3, 4, 5, 6, 7, 8]", ("a", "b"), [tuple("1234"), tuple("5678")]),
+        (
+            "input: 'a' input: 'b' input_dim: [1, 2, 3, 4, 5, 6, 7, 8]",
+            ("a", "b"),
+            [tuple("1234"), tuple("5678")],
+        ),
         ("input: 'a' input_shape { dim: 9 } input_dim: [1, 2, 3, 4]", ("a",), [("9",)]),
     ],
 )
@@ -247,7 +257,8 @@ def test_legacy_inputs(source: str, names: tuple[str, ...], shapes: list[tuple[s
 
 
 @pytest.mark.parametrize(
-    ("source", "cause"), [("\ninput: 'a'", 'line 2: input "a" has no shape'), ("input: 'a' input_dim: [1, 2, 3]", "3 input_dim")]
+    ("source", "cause"),
+    [("\ninput: 'a'", 'line 2: input "a" has no shape'), ("input: 'a' input_dim: [1, 2, 3, 4, 5, 6]", "6 input_dim")],
 )
 def test_legacy_inputs_without_a_shape_are_refused(source: str, cause: str) -> None:
     with pytest.raises(NetError, match=cause):
@@ -263,7 +274,10 @@ def test_legacy_inputs_without_a_shape_are_refused(source: str, cause: str) -> N
             'layer { param { lr_mult: 1f decay_mult: .5 } param { name: "w" lr_mult: 0 share_mode: PERMISSIVE } }',
             (ParamSpec("", 1, 0.5), ParamSpec("w", 0, 1, True)),
         ),
-        ("layers { blobs_lr: 1 blobs_lr: 2 weight_decay: 1 weight_decay: 0 }", (ParamSpec("", 1, 1), ParamSpec("", 2, 0))),
+        (
+            "layers { blobs_lr: 1 blobs_lr: 2 weight_decay: 1 weight_decay: 0 }",
+            (ParamSpec("", 1, 1), ParamSpec("", 2, 0)),
+        ),
         ("layers { blobs_lr: [1, 2] weight_decay: 3 }", (ParamSpec("", 1, 3), ParamSpec("", 2, 1))),
         (
             "layers { param: 'w' param: 'b' blob_share_mode: STRICT blob_share_mode: PERMISSIVE }",

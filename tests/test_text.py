@@ -140,7 +140,9 @@ def agrees(typed: Typed, message: Any) -> None:
 
 
 @given(_LAYER, st.booleans(), st.booleans(), st.booleans())
-def test_values_agree_with_protobuf(content: dict[str, Any], one_line: bool, short: bool, pointy: bool) -> None:
+def test_values_agree_with_protobuf(
+    content: dict[str, Any], one_line: bool, short: bool, pointy: bool
+) -> None:
     made: Any = schema.message_class("LayerParameter")(**content)
     printed = text_format.MessageToString(
         made, as_one_line=one_line, use_short_repeated_primitives=short, pointy_brackets=pointy
@@ -150,7 +152,7 @@ def test_values_agree_with_protobuf(content: dict[str, Any], one_line: bool, sho
 
 
 _NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,5}", fullmatch=True)
-_GAPS = st.sampled_from(["", " ", "\t", "\n", "\r\n", " # note { \" \n", "\n  "])
+_GAPS = st.sampled_from(["", " ", "\t", "\n", "\r\n", ' # note { " \n', "\n  "])
 _SPACES = _GAPS.filter(bool)
 _SCALARS = st.one_of(
     st.integers().map(str),
@@ -164,13 +166,18 @@ def _block(fields: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     inner = st.tuples(_NAMES, _GAPS, st.sampled_from(["", ":"]), _GAPS, st.lists(fields, max_size=3), _GAPS)
     braces = st.sampled_from(["{}", "<>"])
     return st.builds(
-        lambda parts, brace: f"{''.join(parts[:4])}{brace[0]}{' '.join(parts[4])}{parts[5]}{brace[1]}", inner, braces
+        lambda parts, brace: f"{''.join(parts[:4])}{brace[0]}{' '.join(parts[4])}{parts[5]}{brace[1]}",
+        inner,
+        braces,
     )
 
 
 _SCALAR_FIELDS = st.builds(lambda name, a, b, value: f"{name}{a}:{b}{value}", _NAMES, _GAPS, _GAPS, _SCALARS)
 _LIST_FIELDS = st.builds(
-    lambda name, gap, values: f"{name}:{gap}[{', '.join(values)}]", _NAMES, _GAPS, st.lists(_SCALARS, min_size=1, max_size=3)
+    lambda name, gap, values: f"{name}:{gap}[{', '.join(values)}]",
+    _NAMES,
+    _GAPS,
+    st.lists(_SCALARS, min_size=1, max_size=3),
 )
 _FIELDS = st.recursive(_SCALAR_FIELDS | _LIST_FIELDS, _block, max_leaves=8)
 _SOURCES = st.lists(st.tuples(_FIELDS, st.sampled_from(["", ",", ";"]), _SPACES), max_size=5).map(
@@ -179,7 +186,12 @@ _SOURCES = st.lists(st.tuples(_FIELDS, st.sampled_from(["", ",", ";"]), _SPACES)
 
 
 def every_field(message: Message) -> list[text.Field]:
-    inner = [one for field in message.fields if isinstance(field.value, Message) for one in every_field(field.value)]
+    inner = [
+        one
+        for field in message.fields
+        if isinstance(field.value, Message)
+        for one in every_field(field.value)
+    ]
     return [*message.fields, *inner]
 
 
@@ -284,7 +296,8 @@ def test_lines_are_those_of_the_text(source: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "expected"), [("0", 0), ("12", 12), ("-12", -12), ("0x1f", 31), ("-0XA", -10), ("017", 15), ("-00", 0)]
+    ("raw", "expected"),
+    [("0", 0), ("12", 12), ("-12", -12), ("0x1f", 31), ("-0XA", -10), ("017", 15), ("-00", 0)],
 )
 def test_integers(raw: str, expected: int) -> None:
     assert text.integer(raw) == expected
@@ -292,7 +305,7 @@ def test_integers(raw: str, expected: int) -> None:
 
 @pytest.mark.parametrize("raw", ["", "-", "08", "0x", "1.0", "five", "--1", "1f"])
 def test_no_integers(raw: str) -> None:
-    with pytest.raises(ValueError, match="integer|int"):
+    with pytest.raises(ValueError, match="int"):
         text.integer(raw)
 
 
@@ -312,7 +325,9 @@ def test_files_of_the_wild_survive_an_empty_edit(tmp_path: Path) -> None:
             verdict = verdicts[str(path.relative_to(SHARED / "oracle" / "zoo"))]
             assert not verdict["caffe_parses"], path
             continue
-        again = text.splice(document.text, [Edit(f.start, f.end, source[f.start : f.end]) for f in _apart(document.root)])
+        again = text.splice(
+            document.text, [Edit(f.start, f.end, source[f.start : f.end]) for f in _apart(document.root)]
+        )
         assert files.text_bytes(again) == path.read_bytes(), path
 
 

@@ -53,7 +53,15 @@ def test_values_and_defaults(source: str, field: str, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     ("raw", "expected"),
-    [("1", 1.0), ("-2.5", -2.5), ("1e-3", 1e-3), (".5f", 0.5), ("3F", 3.0), ("inf", math.inf), ("-Infinity", -math.inf)],
+    [
+        ("1", 1.0),
+        ("-2.5", -2.5),
+        ("1e-3", 1e-3),
+        (".5f", 0.5),
+        ("3F", 3.0),
+        ("inf", math.inf),
+        ("-Infinity", -math.inf),
+    ],
 )
 def test_floats(raw: str, expected: float) -> None:
     assert read(f"std: {raw}", "FillerParameter")["std"] == expected
@@ -69,8 +77,14 @@ def test_strings_are_decoded_and_joined() -> None:
     assert layer["bottom"] == ("x", "y", "z")
 
 
+def test_the_last_of_a_singular_field_counts() -> None:
+    assert read("num_output: 1 num_output: 2", "ConvolutionParameter")["num_output"] == 2
+
+
 def test_messages_presence_and_length() -> None:
-    layer = read("name: 'c' convolution_param { num_output: 3 weight_filler { std: 2 } } param { } param { lr_mult: 2 }")
+    layer = read(
+        "name: 'c' convolution_param { num_output: 3 weight_filler { std: 2 } } param { } param { lr_mult: 2 }"
+    )
     convolution = layer["convolution_param"]
     assert convolution["weight_filler"]["std"] == 2.0
     assert convolution["bias_filler"]["type"] == "constant"
@@ -79,7 +93,13 @@ def test_messages_presence_and_length() -> None:
     assert "weight_filler" in convolution and "bias_filler" not in convolution and "group" not in convolution
     assert list(layer) == ["name", "convolution_param", "param"] and len(layer) == 3
     empty = layer["pooling_param"]
-    assert (list(empty), len(empty), "pool" in empty, empty["pool"], empty.line()) == ([], 0, False, "MAX", None)
+    assert (list(empty), len(empty), "pool" in empty, empty["pool"], empty.line()) == (
+        [],
+        0,
+        False,
+        "MAX",
+        None,
+    )
     with pytest.raises(KeyError):
         layer["no_such_field"]
 
@@ -154,7 +174,7 @@ def test_a_singular_field_twice_is_refused(source: str, line: int) -> None:
     ],
 )
 def test_unknown_fields_are_refused_with_a_hint(source: str, cause: str) -> None:
-    with pytest.raises(UnsupportedError, match="^line 2: ") as caught:
+    with pytest.raises(UnsupportedError, match=r"^line 2: ") as caught:
         check(f"\n{source}")
     assert cause in str(caught.value)
 
@@ -163,7 +183,9 @@ def test_fork_fields_are_refused_by_name_unless_understood() -> None:
     info = typed.field_info("PoolingParameter")["ceil_mode"]
     assert info.fork
     source = "pooling_param { pool: MAX ceil_mode: false }"
-    with pytest.raises(UnsupportedError, match=rf'"ceil_mode" of PoolingParameter is a field of the {info.fork} fork'):
+    with pytest.raises(
+        UnsupportedError, match=rf'"ceil_mode" of PoolingParameter is a field of the {info.fork} fork'
+    ):
         check(source)
     check(source, understood=frozenset({"ceil_mode"}))
 
@@ -177,7 +199,9 @@ def test_harmless_fork_fields_pass() -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize("case", ["singular_field_twice", "submessage_twice", "unknown_field", "unknown_param_message"])
+@pytest.mark.parametrize(
+    "case", ["singular_field_twice", "submessage_twice", "unknown_field", "unknown_param_message"]
+)
 def test_what_caffe_refuses(case: str) -> None:
     loaded = net.load(SHARED / "oracle" / "rejects" / case / "net.prototxt")
     with pytest.raises(NetError):

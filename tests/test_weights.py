@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -11,6 +12,7 @@ import pytest
 from helpers import (
     DOUBLE,
     blob,
+    f32,
     floats,
     legacy_shape,
     message,
@@ -33,6 +35,8 @@ from hypothesis.extra import numpy as hnp
 from caffe_proto import schema, weights, wire
 from caffe_proto.errors import CaffemodelError, Error, FileError, UsageError
 from caffe_proto.weights import NewEntry, Weights
+
+Layer = Callable[..., bytes]
 
 ONE_TO_SIX = np.arange(1, 7, dtype=np.float32)
 WILD = shared_files("", "*.caffemodel")
@@ -73,7 +77,7 @@ def read_all(stored: Weights) -> None:
 
 
 @pytest.mark.parametrize("layer", [v2_layer, v1_layer, v0_layer])
-def test_every_dialect(tmp_path: Path, layer: type) -> None:
+def test_every_dialect(tmp_path: Path, layer: Layer) -> None:
     data = layer("conv", shape(2, 3) + packed(*ONE_TO_SIX), shape(2) + packed(7, 8)) + layer("relu")
     stored = load(tmp_path, data)
     assert list(stored) == ["conv"]
@@ -93,23 +97,38 @@ def test_every_dialect(tmp_path: Path, layer: type) -> None:
         (shape(6) + packed() + packed(*ONE_TO_SIX), ONE_TO_SIX),
         (shape(6) + packed(*ONE_TO_SIX, number=8, dtype=DOUBLE), ONE_TO_SIX),
         (shape(6) + unpacked(*ONE_TO_SIX, number=8, dtype=DOUBLE), ONE_TO_SIX),
-        (shape(2) + packed(0.1, number=8, dtype=DOUBLE) + unpacked(0.2, number=8, dtype=DOUBLE), np.float32([0.1, 0.2])),
-        (shape(2) + packed(5, 6, 7) + packed(1, 2, number=8, dtype=DOUBLE), np.float32([1, 2])),
-        (shape(2) + packed(number=8, dtype=DOUBLE) + packed(1, 2), np.float32([1, 2])),
+        (
+            shape(2) + packed(0.1, number=8, dtype=DOUBLE) + unpacked(0.2, number=8, dtype=DOUBLE),
+            f32([0.1, 0.2]),
+        ),
+        (shape(2) + packed(5, 6, 7) + packed(1, 2, number=8, dtype=DOUBLE), f32([1, 2])),
+        (shape(2) + packed(number=8, dtype=DOUBLE) + packed(1, 2), f32([1, 2])),
         (shape(6) + packed(9, 9, 9, number=6) + packed(*ONE_TO_SIX) + unpacked(9, number=6), ONE_TO_SIX),
         (shape(6) + packed(*ONE_TO_SIX) + packed(9, number=9, dtype=DOUBLE), ONE_TO_SIX),
-        (legacy_shape(num=1, channels=2, height=1, width=3) + packed(*ONE_TO_SIX), ONE_TO_SIX.reshape(1, 2, 1, 3)),
-        (legacy_shape(num=1, channels=1, height=2, width=3) + unpacked(*ONE_TO_SIX), ONE_TO_SIX.reshape(1, 1, 2, 3)),
-        (legacy_shape(num=3, channels=2, height=1, width=1) + shape(6) + packed(*ONE_TO_SIX), ONE_TO_SIX.reshape(3, 2, 1, 1)),
+        (
+            legacy_shape(num=1, channels=2, height=1, width=3) + packed(*ONE_TO_SIX),
+            ONE_TO_SIX.reshape(1, 2, 1, 3),
+        ),
+        (
+            legacy_shape(num=1, channels=1, height=2, width=3) + unpacked(*ONE_TO_SIX),
+            ONE_TO_SIX.reshape(1, 1, 2, 3),
+        ),
+        (
+            legacy_shape(num=3, channels=2, height=1, width=1) + shape(6) + packed(*ONE_TO_SIX),
+            ONE_TO_SIX.reshape(3, 2, 1, 1),
+        ),
         (legacy_shape(num=3), np.empty((3, 0, 0, 0), np.float32)),
-        (shape() + packed(5), np.float32(5).reshape(())),
-        (packed(5), np.float32(5).reshape(())),
-        (unpacked(5), np.float32(5).reshape(())),
+        (shape() + packed(5), f32(5)),
+        (packed(5), f32(5)),
+        (unpacked(5), f32(5)),
         (shape(0), np.empty(0, np.float32)),
         (shape(2, 0) + packed(), np.empty((2, 0), np.float32)),
-        (shape(3) + packed(np.nan, np.inf, -0.0), np.float32([np.nan, np.inf, -0.0])),
+        (shape(3) + packed(np.nan, np.inf, -0.0), f32([np.nan, np.inf, -0.0])),
         (wire.encode_bytes(7, b"\x08\x02\x08\x03") + packed(*ONE_TO_SIX), ONE_TO_SIX.reshape(2, 3)),
-        (wire.encode_bytes(7, b"\x08\x02") + wire.encode_bytes(7, b"\x08\x03") + packed(*ONE_TO_SIX), ONE_TO_SIX.reshape(2, 3)),
+        (
+            wire.encode_bytes(7, b"\x08\x02") + wire.encode_bytes(7, b"\x08\x03") + packed(*ONE_TO_SIX),
+            ONE_TO_SIX.reshape(2, 3),
+        ),
     ],
 )
 def test_every_form_of_a_blob(tmp_path: Path, blob_bytes: bytes, expected: np.ndarray) -> None:
@@ -128,7 +147,9 @@ def test_mixed_runs_agree_with_protobuf(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[bool, list[float]]], double: bool
 ) -> None:
     number, dtype = (8, DOUBLE) if double else (5, "<f4")
-    runs = b"".join((packed if is_packed else unpacked)(*run, number=number, dtype=dtype) for is_packed, run in pieces)
+    runs = b"".join(
+        (packed if is_packed else unpacked)(*run, number=number, dtype=dtype) for is_packed, run in pieces
+    )
     count = sum(len(run) for _, run in pieces)
     data = v2_layer("x", shape(count) + runs)
     stored = load(tmp_path_factory.getbasetemp(), data)
@@ -162,7 +183,7 @@ def test_layer_names_keep_their_bytes(tmp_path: Path) -> None:
     odd = wire.encode_bytes(100, wire.encode_bytes(1, b"caf\xe9") + wire.encode_bytes(7, packed(1)))
     stored = load(tmp_path, odd)
     assert list(stored) == ["caf\udce9"]
-    changed = stored.replace({"caf\udce9": [NewEntry("caf\udce9", (np.float32(2).reshape(1),))]})
+    changed = stored.replace({"caf\udce9": [NewEntry("caf\udce9", (f32([2]),))]})
     assert b"\x0a\x04caf\xe9" in written(changed)
 
 
@@ -219,8 +240,11 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layer", [v2_layer, v1_layer, v0_layer])
-def test_a_truncated_file_is_refused_or_ends_at_a_layer(tmp_path: Path, layer: type) -> None:
-    parts = [wire.encode_bytes(1, b"net"), *(layer(name, blob(np.ones((2, 3))), blob(np.ones(2))) for name in "abc")]
+def test_a_truncated_file_is_refused_or_ends_at_a_layer(tmp_path: Path, layer: Layer) -> None:
+    parts = [
+        wire.encode_bytes(1, b"net"),
+        *(layer(name, blob(np.ones((2, 3))), blob(np.ones(2))) for name in "abc"),
+    ]
     data = b"".join(parts)
     ends = {sum(map(len, parts[: i + 1])): i for i in range(1, 4)}
     for length in range(len(data) + 1):
@@ -245,7 +269,11 @@ def test_truncated_hdf5(tmp_path: Path) -> None:
 
 _CAFFEMODEL = (
     wire.encode_bytes(1, b"net")
-    + v2_layer("a", shape(2, 3) + packed(*ONE_TO_SIX), legacy_shape(num=1, channels=1, height=1, width=2) + unpacked(1, 2))
+    + v2_layer(
+        "a",
+        shape(2, 3) + packed(*ONE_TO_SIX),
+        legacy_shape(num=1, channels=1, height=1, width=2) + unpacked(1, 2),
+    )
     + v1_layer("b", shape(2) + packed(1, 2, number=8, dtype=DOUBLE))
     + v0_layer("c", shape() + packed(3))
 )
@@ -266,7 +294,9 @@ def _mutated(data: bytes) -> st.SearchStrategy[bytes]:
 
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(_mutated(_CAFFEMODEL) | st.binary())
-def test_damaged_bytes_raise_nothing_but_our_errors(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_damaged_bytes_raise_nothing_but_our_errors(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
     try:
         stored = load(tmp_path_factory.getbasetemp(), data)
     except Error:
@@ -295,12 +325,18 @@ def _is_v0(data: bytes) -> bool:
     return any(layer.HasField("layer") for layer in message("NetParameter", data).layers)
 
 
-ARRAYS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=3), elements=st.floats(width=32))
-LAYERS = st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), st.lists(ARRAYS, min_size=1, max_size=3), max_size=4)
+ARRAYS = hnp.arrays(
+    np.float32, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=3), elements=st.floats(width=32)
+)
+LAYERS = st.dictionaries(
+    st.text(st.characters(codec="utf-8"), max_size=8), st.lists(ARRAYS, min_size=1, max_size=3), max_size=4
+)
 
 
 @given(LAYERS.filter(bool))
-def test_any_blobs_come_back(tmp_path_factory: pytest.TempPathFactory, layers: dict[str, list[np.ndarray]]) -> None:
+def test_any_blobs_come_back(
+    tmp_path_factory: pytest.TempPathFactory, layers: dict[str, list[np.ndarray]]
+) -> None:
     made = Weights([NewEntry(name, tuple(arrays)) for name, arrays in layers.items()])
     data = written(made)
     assert same_weights(protobuf_blobs(data), layers)
@@ -316,7 +352,10 @@ def test_replace_in_the_middle_keeps_the_rest(tmp_path: Path) -> None:
     raw = v2_layer("relu")
     stored = load(tmp_path, head + a + b + raw + c)
     two = (np.ones((2, 3), np.float32), np.zeros(2, np.float32))
-    new = [NewEntry("b_lowrank", two, _definition("b_lowrank")), NewEntry("b", (ONE_TO_SIX[:2],), _definition("b"))]
+    new = [
+        NewEntry("b_lowrank", two, _definition("b_lowrank")),
+        NewEntry("b", (ONE_TO_SIX[:2],), _definition("b")),
+    ]
     changed = stored.replace({"b": new})
     assert list(changed) == ["a", "b_lowrank", "b", "c"]
     middle = v2_layer("b_lowrank", *map(blob, two)) + v2_layer("b", blob(ONE_TO_SIX[:2]))
@@ -334,6 +373,22 @@ def test_replace_at_the_end_and_by_nothing(tmp_path: Path) -> None:
         a + b + v2_layer("new", blob(ONE_TO_SIX))
     )
     assert written(stored.replace({})) == a + b
+
+
+def test_large_spans_are_copied_into_a_real_file(tmp_path: Path) -> None:
+    large = np.arange(50_000, dtype=np.float32)
+    layers = {name: [large + index] for index, name in enumerate("abcd")}
+    stored = load(tmp_path, v2_file(layers))
+    changed = stored.replace({"b": [NewEntry("b", (ONE_TO_SIX,), _definition("b"))]})
+    for made in (stored, changed):
+        with (tmp_path / "out.caffemodel").open("wb") as file:
+            file.write(b"\x0a\x00")
+            made.write_caffemodel(file)
+            assert file.tell() == 2 + len(written(made))
+            file.write(b"\x0a\x00")
+        data = (tmp_path / "out.caffemodel").read_bytes()
+        assert data == b"\x0a\x00" + written(made) + b"\x0a\x00"
+    assert same_weights(protobuf_blobs(data), layers | {"b": [ONE_TO_SIX]})
 
 
 def test_replace_puts_the_new_layers_where_the_first_of_a_name_stood(tmp_path: Path) -> None:
@@ -376,23 +431,23 @@ def test_replaced_weights_are_what_protobuf_and_we_read(
 
 def test_arrays_of_other_types_and_layouts_are_written_as_float32(tmp_path: Path) -> None:
     array = np.arange(6, dtype=np.float64).reshape(2, 3).T
-    data = written(Weights([NewEntry("a", (array, np.float32(3).reshape(())), b"")]))
-    assert same(load(tmp_path, data)["a"], (array.astype(np.float32), np.float32(3).reshape(())))
+    data = written(Weights([NewEntry("a", (array, f32(3)), b"")]))
+    assert same(load(tmp_path, data)["a"], (array.astype(np.float32), f32(3)))
 
 
-def test_blobs_that_are_copied_out_outlive_the_weights(tmp_path: Path) -> None:
+def test_views_outlive_the_weights(tmp_path: Path) -> None:
     (array,) = load(tmp_path, v2_layer("a", blob(ONE_TO_SIX)))["a"]
     assert np.array_equal(array, ONE_TO_SIX)
 
 
 # --- HDF5 -----------------------------------------------------------------------------------------
 
-NESTED = {
+NESTED: dict[str, list[np.ndarray]] = {
     "a": [ONE_TO_SIX.reshape(2, 3), ONE_TO_SIX[:2]],
     "a/b": [ONE_TO_SIX],
     "inception_3a/1x1": [np.ones((2, 1, 1, 1), np.float32), np.zeros(2, np.float32)],
     "many": [np.full(1, i, np.float32) for i in range(12)],
-    "scalar": [np.float32(4).reshape(())],
+    "scalar": [f32(4)],
     "empty": [np.empty((0, 3), np.float32)],
 }
 
@@ -414,17 +469,15 @@ def test_hdf5_both_ways(tmp_path: Path) -> None:
 def test_hdf5_extra_layers_and_unused_groups(tmp_path: Path) -> None:
     path = tmp_path / "w.h5"
     with h5py.File(path, "w") as file:
-        file["data/conv/1"] = np.float32([1])
-        file["data/conv/0"] = np.float64([[2, 3]])
-        file["data/conv/notes"] = np.float32([9])
-        file["data/extra/0"] = np.float32([4])
+        file["data/conv/1"] = f32([1])
+        file["data/conv/0"] = np.array([[2.0, 3.0]])
+        file["data/conv/notes"] = f32([9])
+        file["data/extra/0"] = f32([4])
         file.create_group("data/relu")
-        file["diff/conv/0"] = np.float32([5])
+        file["diff/conv/0"] = f32([5])
         file["iter"] = 7
     stored = weights.load(path)
-    assert same_weights(
-        blobs_of(stored), {"conv": [np.float32([[2, 3]]), np.float32([1])], "extra": [np.float32([4])]}
-    )
+    assert same_weights(blobs_of(stored), {"conv": [f32([[2, 3]]), f32([1])], "extra": [f32([4])]})
     stored.write_hdf5(tmp_path / "copy.h5")
     assert (tmp_path / "copy.h5").read_bytes() == path.read_bytes()
 
@@ -473,7 +526,9 @@ def test_hdf5_files_of_the_wild(tmp_path: Path) -> None:
 
 
 def test_a_written_file_is_a_net_parameter_of_the_schema(tmp_path: Path) -> None:
-    layer = schema.message_class("LayerParameter")(name="conv", type="Convolution", bottom=["data"], top=["conv"])
+    layer = schema.message_class("LayerParameter")(
+        name="conv", type="Convolution", bottom=["data"], top=["conv"]
+    )
     made = Weights([NewEntry("conv", (ONE_TO_SIX.reshape(2, 3),), layer.SerializeToString())])
     (read,) = message("NetParameter", written(made)).layer
     assert (read.name, read.type, list(read.bottom)) == ("conv", "Convolution", ["data"])

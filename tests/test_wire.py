@@ -55,6 +55,7 @@ def test_every_wire_type() -> None:
         (b"\x00\x00", 0),  # field 0
         (b"\x08\x01\x1a\x05abc", 2),  # longer than the rest
         (b"\x08\x01\x25\x00\x00", 2),
+        (b"\x1a\x04abc", 0),  # one byte short
         (b"\x11\x00", 0),
         (b"\x08", 1),  # cut off behind the tag
         (b"\x1a\x80", 2),

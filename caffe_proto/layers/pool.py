@@ -142,30 +142,40 @@ def _max(e: Emitter, p: PoolParams, source: str, end: Pair, outputs: tuple[str, 
 
 
 def _average(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
-    """AVE: the divisor counts the padding, but not what a last window hangs over beyond it."""
-    k = p.window(hw)
+    """AVE: the divisor counts the padding, but not what a last window hangs over beyond it.
+
+    Without pad that is pooling that excludes its pads. With both, a factor for each window corrects the
+    divisor k*k; where the size is open the padding is laid down first.
+    """
+    k, end = p.window(hw), _end_pads(p, hw)
     need = [
         (n - 1) * s + one - h - pad for n, s, one, h, pad in zip(out, p.stride, k, hw, p.pad, strict=True)
     ]
-    overhang = [end - pad for end, pad in zip(_end_pads(p, hw), p.pad, strict=True)]
+    overhang = [one - pad for one, pad in zip(end, p.pad, strict=True)]
     fixed = not any(e.dynamic_in[0][2:])
     hangs = any(one > pad for one, pad in zip(need, p.pad, strict=True)) if fixed else any(overhang)
-    attributes = {"kernel_shape": k, "strides": p.stride}
+    source, to = e.inputs[0], e.outputs[0]
+    attributes: dict[str, Any] = {"kernel_shape": k, "strides": p.stride}
     if not hangs:
         ends = [max(0, min(one, pad)) for one, pad in zip(need, p.pad, strict=True)] if fixed else p.pad
-        e.node(
-            "AveragePool",
-            e.inputs[0],
-            to=e.outputs[0],
-            pads=(*p.pad, *ends),
-            count_include_pad=1,
-            **attributes,
-        )
-        return
-    source = e.inputs[0]
-    if any(p.pad):
-        source = e.node("Pad", source, e.ints((0, 0, *p.pad, 0, 0, *p.pad), "pads"))
-    e.node("AveragePool", source, to=e.outputs[0], pads=(0, 0, *overhang), count_include_pad=0, **attributes)
+        e.node("AveragePool", source, to=to, pads=(*p.pad, *ends), count_include_pad=1, **attributes)
+    elif not any(p.pad):
+        e.node("AveragePool", source, to=to, pads=(0, 0, *overhang), count_include_pad=0, **attributes)
+    elif fixed:
+        mean = e.node("AveragePool", source, pads=(*p.pad, *end), count_include_pad=1, **attributes)
+        e.node("Mul", mean, e.const(_divisor_ratio(p, hw, out), "ratio"), to=to)
+    else:
+        padded = e.node("Pad", source, e.ints((0, 0, *p.pad, 0, 0, *p.pad), "pads"))
+        e.node("AveragePool", padded, to=to, pads=(0, 0, *overhang), count_include_pad=0, **attributes)
+
+
+def _divisor_ratio(p: PoolParams, hw: Pair, out: Pair) -> np.ndarray:
+    """k*k over Caffe's divisor, for each window: (out_h, out_w)."""
+    ratios = []
+    for n, s, k, pad, h in zip(out, p.stride, p.window(hw), p.pad, hw, strict=True):
+        start = np.arange(n) * s - pad
+        ratios.append(k / (np.minimum(start + k, h + pad) - start))
+    return np.multiply.outer(*ratios)
 
 
 def _with_empty_windows(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
