@@ -170,7 +170,8 @@ def compare(folder: Path, runs: int) -> None:
     measure("make", source, target)
     measure("save", source, saved)
     print(
-        f"{source.stat().st_size / MIB:.0f} MiB, VGG-16's shapes; medians of {runs} runs, each in its own process\n"
+        f"{source.stat().st_size / MIB:.0f} MiB, VGG-16's shapes; "
+        f"medians of {runs} runs, each in its own process\n"
     )
 
     read = alternate(("nothing", "views", "touched", "protobuf"), [source] * 4, target, runs)
@@ -199,9 +200,7 @@ def compare(folder: Path, runs: int) -> None:
     print(f"      {'peak memory with the interpreter, share of protobuf':<52} {our_peak / their_peak:>10.3f}")
 
     write = alternate(("save", "copy"), (source, saved), target, runs)
-    print(
-        f"\n{'writing ' + format(saved.stat().st_size / MIB, '.0f') + ' MiB':<40} {'time':>12} {'peak memory':>14}"
-    )
+    print(f"\n{f'writing {saved.stat().st_size / MIB:.0f} MiB':<40} {'time':>12} {'peak memory':>14}")
     for name, label in (
         ("save", "three layers replaced, the rest copied"),
         ("copy", "shutil.copyfile of that file"),

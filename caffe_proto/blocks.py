@@ -83,7 +83,7 @@ class Block:
         return f"{indent}{item}{ending}" if ending else f" {item}"
 
     def _beside(self, anchor: tuple[int, int], item: str) -> tuple[int, str]:
-        """Where to add an item behind a field, and the text to add: a line of its own, or in the same line."""
+        """Where to add an item behind a field, and the text: a line of its own, or in the same line."""
         end = self._after_separator(anchor[1])
         rest = _REST_OF_LINE.match(self.document.text, end)
         indent = self._indent(anchor[0])

@@ -83,8 +83,12 @@ def table(
     *,
     left: int = 2,
     total: Sequence[str] | None = None,
+    styles: Sequence[str] = (),
 ) -> None:
-    """Print rows under columns; the first ``left`` columns are words, the others figures."""
+    """Print rows under columns; the first ``left`` columns are words, the others figures.
+
+    ``styles`` gives each row a colour of rich, which shows on a terminal only.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -95,8 +99,8 @@ def table(
     for i, column in enumerate(columns):
         footer = total[i] if total is not None else ""
         made.add_column(column, Text(footer), justify="left" if i < left else "right", no_wrap=True)
-    for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+    for i, row in enumerate(rows):
+        made.add_row(*(Text(cell) for cell in row), style=styles[i] if styles else None)
     console = Console(file=sys.stdout, soft_wrap=False, highlight=False)
     if not console.is_terminal:
         console = Console(file=sys.stdout, width=10_000, highlight=False, color_system=None)

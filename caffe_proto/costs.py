@@ -10,7 +10,7 @@ from .shape_inference import Shaped
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One row: shapes, learnt blobs, parameters (0 where another layer owns them), MACs of the whole batch."""
+    """One row: shapes, stored blobs, parameters (0 where another layer owns them), MACs of the whole batch."""
 
     name: str
     type: str
@@ -34,7 +34,7 @@ class Cost:
 
     @property
     def params(self) -> int:
-        """Learnt numbers, shared ones counted once."""
+        """Stored numbers, shared ones counted once; BatchNorm's statistics are among them."""
         return sum(layer.params for layer in self.layers)
 
     @property

@@ -196,7 +196,8 @@ def _understand(layer: Layer, net: Net) -> tuple[LayerSpec | None, Any, Error | 
         _check_count("top", len(layer.tops), spec.tops, layer.type)
         schema_type = "V1LayerParameter" if layer.dialect == "V1" else "LayerParameter"
         typed = Typed(layer.message, schema_type, layer.document)
-        check(typed, spec.understood)
+        if not spec.any_fields:
+            check(typed, spec.understood)
         _check_loss_weights(len(typed["loss_weight"]), len(layer.tops), spec.loss)
         return spec, spec.params(Request(layer, typed, net.state.phase)), None
     except Error as error:

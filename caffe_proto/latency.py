@@ -73,7 +73,10 @@ def subject(item: str, *, batch: int | None, seed: int, phase: str = "TEST") -> 
 def of_model(name: str, model: Model, request: Request) -> Subject:
     """A loaded model as something to time."""
     export = draw(model, request)
-    layers = {key: record.layer for record in export.sheet.nodes for key in (*record.outputs, record.name)}
+    layers = {output: record.layer for record in export.sheet.nodes for output in record.outputs}
+    layers |= {
+        record.name: record.layer for record in export.sheet.nodes
+    }  # an in-place blob has a node's name
     return Subject(name, to_onnx(export).SerializeToString(), layers)
 
 

@@ -1,33 +1,21 @@
 """A prototxt seen as layers: every dialect, phases and stages, legacy inputs.
 
 A ``Layer`` is a view of its block in the file; nothing is normalised in the text. V1 enumerators
-(``CONVOLUTION``) are already spelt as the V2 types real Caffe upgrades them to.
+(``CONVOLUTION``) are already spelt as the V2 types real Caffe upgrades them to. The flat blocks of V0 are seen
+as the V2 layers that they upgrade to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from . import files, schema, text
+from . import files, text, upgrade
 from .errors import NetError, PrototxtError, UsageError
 from .text import Document, Field, Message
-
-V1_TYPES = {
-    "NONE": "", "ABSVAL": "AbsVal", "ACCURACY": "Accuracy", "ARGMAX": "ArgMax", "BNLL": "BNLL",
-    "CONCAT": "Concat", "CONTRASTIVE_LOSS": "ContrastiveLoss", "CONVOLUTION": "Convolution", "DATA": "Data",
-    "DECONVOLUTION": "Deconvolution", "DROPOUT": "Dropout", "DUMMY_DATA": "DummyData",
-    "EUCLIDEAN_LOSS": "EuclideanLoss", "ELTWISE": "Eltwise", "EXP": "Exp", "FLATTEN": "Flatten",
-    "HDF5_DATA": "HDF5Data", "HDF5_OUTPUT": "HDF5Output", "HINGE_LOSS": "HingeLoss", "IM2COL": "Im2col",
-    "IMAGE_DATA": "ImageData", "INFOGAIN_LOSS": "InfogainLoss", "INNER_PRODUCT": "InnerProduct", "LRN": "LRN",
-    "MEMORY_DATA": "MemoryData", "MULTINOMIAL_LOGISTIC_LOSS": "MultinomialLogisticLoss", "MVN": "MVN",
-    "POOLING": "Pooling", "POWER": "Power", "RELU": "ReLU", "SIGMOID": "Sigmoid",
-    "SIGMOID_CROSS_ENTROPY_LOSS": "SigmoidCrossEntropyLoss", "SILENCE": "Silence", "SOFTMAX": "Softmax",
-    "SOFTMAX_LOSS": "SoftmaxWithLoss", "SPLIT": "Split", "SLICE": "Slice", "TANH": "TanH",
-    "WINDOW_DATA": "WindowData", "THRESHOLD": "Threshold",
-}  # fmt: skip
+from .upgrade import V1_TYPES as V1_TYPES
 
 _LAYER_FIELDS = {"V2": "layer", "V1": "layers", "V0": "layers"}
 
@@ -82,7 +70,7 @@ class Layer:
 
     @cached_property
     def param_specs(self) -> tuple[ParamSpec, ...]:
-        """V2 ``param`` blocks, or V1's ``param``, ``blobs_lr``, ``weight_decay``, ``blob_share_mode`` lists."""
+        """V2 ``param`` blocks, or V1's lists ``param``, ``blobs_lr``, ``weight_decay``, ``blob_share_mode``."""
         message = self.message
         if self.dialect == "V2":
             return tuple(_param_spec(spec) for spec in message.messages("param"))
@@ -162,49 +150,49 @@ class Net:
     @cached_property
     def dialect(self) -> str:
         """ "V2" (``layer``), "V1" (``layers``) or "V0" (``layers { layer { } }``)."""
-        if any(message.last("layer") for message in self.document.root.messages("layers")):
+        if upgrade.is_v0(self.document):
             return "V0"
         return "V1" if self.document.root.last("layers") else "V2"
 
     @cached_property
     def all_layers(self) -> tuple[Layer, ...]:
         """Every layer block of the file, whatever its phase, in file order."""
-        root = self.document.root
-        if root.last("layer") and root.last("layers"):
-            line = self.document.line(next(root.all("layers")).start)
-            raise NetError(
-                'the net mixes "layer" and "layers" blocks; Caffe refuses to upgrade such a file',
-                path=self.path,
-                line=line,
-                hint="write all of them in one dialect",
-            )
+        upgrade.refuse_mixed(self.document)
         return tuple(self._layers(_LAYER_FIELDS[self.dialect]))
 
     @cached_property
+    def upgraded(self) -> Net:
+        """The net itself; for V0 its V2 form as Caffe makes it, which tells the lines of the file."""
+        if self.dialect != "V0":
+            return self
+        return replace(self, document=upgrade.v0_as_v2(self.document))
+
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """The layers that exist in ``state``, in file order."""
+        """The layers that exist in ``state``, in file order; those of a V0 file as ``upgraded`` has them."""
         state = self.full_state
         try:
-            return tuple(layer for layer in self.all_layers if layer.included(state))
+            return tuple(layer for layer in self.upgraded.all_layers if layer.included(state))
         except NetError as error:
             raise error.at(path=self.path) from None
 
     @cached_property
     def full_state(self) -> NetState:
         """``state`` joined, as Caffe does, with the stages that the file's own ``state`` block names."""
-        own = self.document.root.last("state")
+        own = self.upgraded.document.root.last("state")
         stages = own.value.strings("stage") if own and isinstance(own.value, Message) else ()
         return NetState(self.state.phase, (*stages, *self.state.stages), self.state.level)
 
     @cached_property
     def legacy_input(self) -> Layer | None:
         """``input`` with ``input_shape`` or ``input_dim`` as the Input layer that Caffe makes of it."""
-        root = self.document.root
+        document = self.upgraded.document
+        root = document.root
         names = root.strings("input")
         if not names:
             return None
         first = next(root.all("input"))
-        line = self.document.line(first.start)
+        line = document.line(first.start)
         shapes = [shape.strings("dim") for shape in root.messages("input_shape")]
         if not shapes:
             dims = root.strings("input_dim")
@@ -250,7 +238,7 @@ class Net:
         kind, name = message.string("type"), message.string("name")
         dialect = self.dialect
         if dialect == "V1":
-            kind = _v1_type(kind)
+            kind = upgrade.v1_type(kind)
         elif dialect == "V0":
             inner = next(message.messages("layer"), message)
             kind, name = inner.string("type"), inner.string("name")
@@ -265,16 +253,6 @@ class Net:
             dialect,
             self.document,
         )
-
-
-def _v1_type(kind: str) -> str:
-    """The V2 type of a V1 enumerator, given by name or by number; a fork's enumerator as it stands."""
-    if kind.isdigit():
-        numbers = {
-            str(number): name for name, number in schema.enum_values("V1LayerParameter.LayerType").items()
-        }
-        kind = numbers.get(kind, kind)
-    return V1_TYPES.get(kind, kind)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -61,12 +61,14 @@ class BasePlan(Generic[Entry]):
         ]
         return "\n".join(["{", *lines, *body, "}", ""])
 
-    def check(self, model: Model, *, force: bool = False) -> None:
-        """Raise PlanError where the plan was made for other files, unless forced."""
+    def check(self, model: Model, *, force: bool = False, sibling: bool = False) -> None:
+        """Raise PlanError where the plan was made for other files, unless forced; for a sibling, other weights."""
         if force:
             return
         net, weights = model.fingerprint
         for what, mine, theirs in (("net", self.net, net), ("weights", self.weights, weights)):
+            if sibling and what == "net":
+                continue
             if mine and theirs and mine != theirs:
                 raise PlanError(
                     f"the plan was made for another {what} file (sha256 {mine[:12]}..., given {theirs[:12]}...)",

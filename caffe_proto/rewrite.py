@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import schema, text
+from . import schema, text, upgrade_weights
 from .blocks import Block
 from .errors import NetError
 from .model import Model
@@ -49,10 +49,14 @@ class NewLayer:
 
 @dataclass(frozen=True)
 class Replace:
-    """Put new layers, in order, in the place of every block named ``layer``."""
+    """Put new layers, in order, in the place of every block named ``layer``.
+
+    ``rename``: blobs that get another name wherever the file reads or writes them.
+    """
 
     layer: str
     new: tuple[NewLayer, ...]
+    rename: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,11 @@ class Namer:
 def apply(model: Model, edits: Sequence[Replace]) -> Model:
     """The model with its layers replaced; weights are replaced where the model has any.
 
+    A V0 net, and weights in V0 form, become V2: what is changed is the upgraded text.
+
     Raises NetError where a layer to replace does not exist.
     """
-    net = model.net
+    net = model.net.upgraded
     changes: list[Edit] = []
     for edit in edits:
         blocks = [layer for layer in net.all_layers if layer.name == edit.layer]
@@ -96,9 +102,13 @@ def apply(model: Model, edits: Sequence[Replace]) -> Model:
                 raise NetError(what, path=net.path, line=other.line, layer=edit.layer)
         changes += [Edit(*layer.span, _join(net, layer, edit.new)) for layer in blocks]
     document = text.parse(text.splice(net.text, changes), net.path)
-    changed = replace(net, document=document)
+    changed = _renamed(
+        replace(net, document=document), {old: new for edit in edits for old, new in edit.rename.items()}
+    )
     weights = model.weights
     if weights is not None:
+        if upgrade_weights.is_v0(weights):
+            weights = upgrade_weights.upgrade_weights(weights).weights()
         written = {layer.name: layer for layer in changed.all_layers}
         v1 = weights.dialect.name == "V1"
         stored = {
@@ -111,6 +121,18 @@ def apply(model: Model, edits: Sequence[Replace]) -> Model:
         }
         weights = weights.replace(stored)
     return replace(model, net=changed, weights=weights)
+
+
+def _renamed(net: Net, names: Mapping[str, str]) -> Net:
+    """The net with blobs renamed in every bottom and top."""
+    edits = [
+        Edit(found.value.start, found.value.end, quote(names[found.value.string]))
+        for layer in (net.all_layers if names else ())
+        for key in ("bottom", "top")
+        for found in layer.message.all(key)
+        if isinstance(found.value, Scalar) and found.value.string in names
+    ]
+    return replace(net, document=text.parse(text.splice(net.text, edits), net.path)) if edits else net
 
 
 def _join(net: Net, layer: Layer, new: Sequence[NewLayer]) -> str:

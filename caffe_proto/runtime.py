@@ -34,12 +34,14 @@ class Engine:
 
 
 def options(engine: Engine) -> onnxruntime.SessionOptions:
-    """onnxruntime's options for an engine; denormal numbers count as zero, or a few slow whole nets."""
+    """onnxruntime's options for an engine.
+
+    ``session.set_denormal_as_zero`` stays off: with one thread it would change the caller's own arithmetic.
+    """
     made = onnxruntime.SessionOptions()
     made.intra_op_num_threads = engine.threads
     made.inter_op_num_threads = 1
     made.log_severity_level = 3
-    made.add_session_config_entry("session.set_denormal_as_zero", "1")
     if not engine.spin:
         made.add_session_config_entry("session.intra_op.allow_spinning", "0")
         made.add_session_config_entry("session.inter_op.allow_spinning", "0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import Error, ShapeError, UsageError
 from .graph import Graph, Node, Value
@@ -71,25 +71,13 @@ def _tops(shaped: Shaped, index: int, node: Node, given: dict[str, Shape]) -> Sh
     for value in node.inputs:
         if value not in shaped.shapes:
             raise ShapeError(f'the shape of bottom "{shaped.graph.blob(value)}" is not known')
-    names = node.layer.tops
-    if node.spec.source and all(name in given for name in names):
-        return tuple(tuple(given[name]) for name in names)
-    if node.spec.source and any(name in given for name in names):
-        own = _own_source_shapes(node)
-        return tuple(
-            tuple(given[name]) if name in given else shape for name, shape in zip(names, own, strict=True)
-        )
+    if node.spec.source:
+        own = zip(node.layer.tops, node.params.shapes, strict=True)
+        shapes = tuple(tuple(given[name]) if name in given else shape for name, shape in own)
+        return node.spec.infer(replace(node.params, shapes=shapes), ())
     bottoms = shaped.bottoms(index)
     tops = node.spec.infer(node.params, bottoms)
     learnt = node.spec.blobs(node.params, bottoms)
     if len(node.layer.param_specs) > len(learnt):
         raise ShapeError(f"has {len(node.layer.param_specs)} param blocks for {len(learnt)} learnt blobs")
     return tops
-
-
-def _own_source_shapes(node: Node) -> Shapes:
-    assert node.spec is not None
-    try:
-        return node.spec.infer(node.params, ())
-    except ShapeError as error:
-        raise ShapeError(error.message, hint="give the shape of every top with --input-shape") from None

@@ -19,7 +19,7 @@ _TOKEN = re.compile(
     r"""
       (?P<skip>   (?:[ \t\r\n\f\v\ufeff]+|\#[^\n]*)+ )
     | (?P<string> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' )
-    | (?P<number> (?:\d+\.?\d*(?:[eE][+-]?\d+)?[fF]?|\.\d+(?:[eE][+-]?\d+)?[fF]?)(?![\w.]) | 0[xX][0-9a-fA-F]+(?!\w) )
+    | (?P<number> (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[fF]?(?![\w.]) | 0[xX][0-9a-fA-F]+(?!\w) )
     | (?P<name>   [A-Za-z_][\w]* )
     | (?P<punct>  [{}<>\[\]:;,\-./] )
     """,
@@ -74,7 +74,7 @@ def _encoded(point: int) -> bytes:
 
 
 def integer(raw: str) -> int:
-    """The number that an integer's text stands for, octal behind 0, hexadecimal behind 0x; else ValueError."""
+    """The number an integer's text stands for, octal behind 0, hexadecimal behind 0x; else ValueError."""
     digits = raw.removeprefix("-")
     if not digits[:1].isdigit():
         raise ValueError(f"no integer: {raw!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,19 +18,19 @@ from caffe_proto.shape_inference import InputShapes, infer
 from .decomposition import Step, StepShape
 from .plan import LayerPlan, Plan
 from .schemes import SCHEMES
-from .styles import STYLES, new_layers
+from .styles import STYLES, new_layers, renamed_tops
 from .targets import Found, Spectra, Target, find
 
 
 @dataclass(frozen=True)
 class Row:
-    """One decomposed layer: MACs before and after, and ``||W - W'|| / ||W||`` (None without weights)."""
+    """One decomposed layer: MACs before and after (None where shapes are unknown), ``||W - W'|| / ||W||`` (None without weights)."""
 
     name: str
     scheme: str
     ranks: tuple[int, ...]
-    full_rank: int
-    macs: tuple[int, int]
+    full_rank: int | None
+    macs: tuple[int, int] | None
     error: float | None
 
 
@@ -49,18 +50,22 @@ def apply(
     model: Model,
     *,
     force: bool = False,
+    sibling: bool = False,
     input_shapes: InputShapes | None = None,
     found: Found | None = None,
     spectra: Spectra | None = None,
 ) -> tuple[Model, Report]:
     """Rewrite a model by a plan: the same plan and files give the same bytes.
 
+    Layers are found by name in both phases. Without weights the structure alone changes. ``sibling``: the net
+    is another form of the one the plan was made for (its train_val), so only the weights must be the plan's.
+
     Raises PlanError where the plan was made for other files (unless ``force``) or names layers that the net
     lacks, UsageError on a rank a layer cannot have.
     """
-    plan.check(model, force=force)
+    plan.check(model, force=force, sibling=sibling)
     found = found or find(model, input_shapes)
-    spectra = spectra or Spectra(found)
+    here = _Place(found, spectra or Spectra(found))
     style = STYLES.get(str(plan.target.get("style", "default")))
     if style is None:
         raise PlanError(f'there is no style "{plan.target["style"]}"', hint="known: " + ", ".join(STYLES))
@@ -69,13 +74,36 @@ def apply(
     errors: dict[str, float | None] = {}
     ties = _Ties()
     for name, entry in plan.layers.items():
-        target = _target(found, name)
-        steps, errors[name] = _steps(found, spectra, target, entry)
+        place = here if name in found.targets else _other_phase(here, name, input_shapes)
+        target = _target(place.found, name)
+        steps, errors[name] = _steps(place, target, entry)
         ties.add(target, tuple(step.suffix for step in steps), entry)
-        layer = found.shaped.graph.nodes[target.index].layer
-        edits.append(Replace(name, new_layers(layer, target, steps, style, namer)))
+        layer = place.found.shaped.graph.nodes[target.index].layer
+        new = new_layers(layer, target, steps, style, namer)
+        edits.append(Replace(name, new, renamed_tops(layer, new, style, model.net)))
     changed = rewrite(model, edits)
     return changed, _report(plan, found, changed, edits, errors, input_shapes)
+
+
+@dataclass
+class _Place:
+    """A model in one phase, with its factorizations; ``other`` is the same in the other phase, once needed."""
+
+    found: Found
+    spectra: Spectra
+    other: _Place | None = None
+
+
+def _other_phase(here: _Place, name: str, inputs: InputShapes | None) -> _Place:
+    """Where a layer that does not exist in this phase is: in the other one, if the file has it at all."""
+    model = here.found.model
+    if not any(layer.name == name for layer in model.net.all_layers):
+        return here
+    if here.other is None:
+        phase = "TRAIN" if model.net.state.phase == "TEST" else "TEST"
+        found = find(model.in_state(dataclasses.replace(model.net.state, phase=phase)), inputs)
+        here.other = _Place(found, Spectra(found))
+    return here.other if name in here.other.found.targets else here
 
 
 class _Ties:
@@ -108,7 +136,7 @@ def _target(found: Found, name: str) -> Target:
 
 
 def _steps(
-    found: Found, spectra: Spectra, target: Target, entry: LayerPlan
+    place: _Place, target: Target, entry: LayerPlan
 ) -> tuple[Sequence[Step | StepShape], float | None]:
     """The chain of a layer, with numbers where the model has weights, and its relative error."""
     if entry.scheme not in SCHEMES or len(entry.ranks) != 1:
@@ -116,11 +144,12 @@ def _steps(
             f"{entry.scheme!r} with ranks {list(entry.ranks)} is no scheme of this program", layer=target.name
         )
     scheme, (rank,) = SCHEMES[entry.scheme], entry.ranks
+    found = place.found
     try:
         if target.index not in found.blobs:
             return scheme.structure(target.shape, target.geometry, rank), None
         blobs = found.blobs[target.index]
-        chain = spectra.get(target, scheme).factor(rank, blobs[1] if len(blobs) > 1 else None)
+        chain = place.spectra.get(target, scheme).factor(rank, blobs[1] if len(blobs) > 1 else None)
     except ValueError as error:
         raise UsageError(str(error), path=found.model.net.path, layer=target.name) from None
     return chain.steps, chain.error(target.kernel(blobs[0]))
@@ -139,19 +168,12 @@ def _report(
     macs = after.by_layer
     rows = []
     for edit in edits:
-        entry, target = plan.layers[edit.layer], found.targets[edit.layer]
-        full = SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
-        made = sum(macs[new.name].macs for new in edit.new)
-        rows.append(
-            Row(
-                edit.layer,
-                entry.scheme,
-                entry.ranks,
-                full,
-                (before.by_layer[edit.layer].macs, made),
-                errors[edit.layer],
-            )
-        )
+        entry, target = plan.layers[edit.layer], found.targets.get(edit.layer)
+        full, pair = None, None
+        if target is not None and target.in_hw is not None:
+            full = SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
+            pair = (target.macs, sum(macs[new.name].macs for new in edit.new))
+        rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer]))
     return Report(
         tuple(rows),
         (before.macs, after.macs),

@@ -379,7 +379,7 @@ def _json(
             "scheme": row.scheme,
             "ranks": list(row.ranks),
             "full_rank": row.full_rank,
-            "macs": list(row.macs),
+            "macs": list(row.macs) if row.macs else None,
             "error": row.error,
         }
         for row in report.rows
@@ -403,8 +403,8 @@ def _print(report: Report, files: dict[str, str], apart: dict[str, float], times
         [
             row.name,
             row.scheme,
-            f"{'+'.join(map(str, row.ranks))}/{row.full_rank}",
-            *((f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x") if row.macs[0] else "---"),
+            "+".join(map(str, row.ranks)) + (f"/{row.full_rank}" if row.full_rank else ""),
+            *((f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x") if row.macs else "---"),
             "-" if row.error is None else f"{row.error:.4f}",
         ]
         for row in report.rows
@@ -418,7 +418,7 @@ def _print(report: Report, files: dict[str, str], apart: dict[str, float], times
     for reason, names in reasons.items():
         click.echo(f"kept {', '.join(names)}: {reason}")
     click.echo()
-    if any(not row.macs[0] for row in report.rows):
+    if any(not row.macs for row in report.rows):
         click.echo(
             "MACs and parameters behind inputs of unknown shape do not count; give it with --input-shape"
         )

@@ -6,10 +6,10 @@ A scheme says ``_lowrank``, ``_linear``, ``_v``, ``_h``; a style says what stand
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from caffe_proto.net import Layer
+from caffe_proto.net import Layer, Net
 from caffe_proto.rewrite import Namer, NewLayer
 from caffe_proto.text import Message
 from caffe_proto.weights import Blobs
@@ -24,12 +24,18 @@ class Style:
 
     ``frozen_bias``: suffixes of inner layers that carry a bias of zeros with lr_mult 0, as Tai's tool left it.
     ``top_from_blob``: suffixes of inner layers whose top is named after the old top, not after the layer.
+    ``last_top``: the chain's top is named after its last layer, and what reads the old one reads that.
+    ``written``: suffixes whose layers write pad, kernel_size and stride even where they are the default.
+    ``fillers``: by suffix, fillers that the layer is given.
     """
 
     suffixes: Mapping[str, str]
     explicit: frozenset[str] = frozenset()
     frozen_bias: frozenset[str] = frozenset()
     top_from_blob: frozenset[str] = frozenset()
+    last_top: bool = False
+    written: frozenset[str] = frozenset()
+    fillers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def suffix(self, step: str) -> str:
         """What a scheme's suffix is called in this style."""
@@ -37,12 +43,19 @@ class Style:
 
 
 _TAI = frozenset({"_v", "_h"})
+_HE_FILLERS = {"weight_filler": '{ type: "msra" }', "bias_filler": '{ type: "constant" value: 0 }'}
 STYLES: Mapping[str, Style] = MappingProxyType(
     {
         "default": Style({}),
         "wen": Style({}, explicit=_TAI, frozen_bias=frozenset({"_v"}), top_from_blob=frozenset({"_lowrank"})),
         "tai": Style({}, explicit=_TAI, frozen_bias=frozenset({"_v"})),
-        "he": Style({"_v": "_V", "_h": "_H", "_lowrank": "_W_prime", "_linear": "_P"}),
+        "he": Style(
+            {"_v": "_V", "_h": "_H", "_lowrank": "_W_prime", "_linear": "_P"},
+            last_top=True,
+            written=frozenset({"_linear"}),
+            fillers={"_linear": _HE_FILLERS},
+        ),
+        "girshick": Style({"_lowrank": "_L", "_linear": "_U"}, last_top=True),
     }
 )
 
@@ -67,9 +80,7 @@ def new_layers(
                 bottoms=bottoms,
                 tops=tops,
                 block="inner_product_param" if target.dense else "convolution_param",
-                settings=_settings(
-                    layer, target, step, not position, last or frozen, step.suffix in style.explicit
-                ),
+                settings=_settings(layer, target, step, style, not position, last or frozen),
                 blobs=_blobs(step, target, frozen) if isinstance(step, Step) else None,
                 params=2 if last or frozen else 1,
                 rename_weight=suffix,
@@ -79,6 +90,19 @@ def new_layers(
         )
         bottoms = tops
     return tuple(made)
+
+
+def renamed_tops(layer: Layer, new: Sequence[NewLayer], style: Style, net: Net) -> dict[str, str]:
+    """Old top -> the last new layer's name, where the style wants that and nothing but this layer makes the blob.
+
+    The blob keeps its name where nobody reads it: it is an output of the net, known by that name.
+    """
+    if not style.last_top or len(layer.tops) != 1:
+        return {}
+    (top,) = layer.tops
+    makers = {other.name for other in net.all_layers if top in other.tops and top not in other.bottoms}
+    read = any(top in other.bottoms and top not in other.tops for other in net.all_layers)
+    return {top: new[-1].name} if makers == {layer.name} and read else {}
 
 
 def _inner_tops(layer: Layer, name: str, suffix: str, from_blob: bool, namer: Namer) -> tuple[str, ...]:
@@ -110,7 +134,7 @@ def _blobs(step: Step, target: Target, zero_bias: bool) -> Blobs:
 
 
 def _settings(
-    layer: Layer, target: Target, step: Step | StepShape, first: bool, keeps_bias: bool, explicit: bool
+    layer: Layer, target: Target, step: Step | StepShape, style: Style, first: bool, keeps_bias: bool
 ) -> dict[str, list[str]]:
     settings: dict[str, list[str]] = {"num_output": [str(step.shape[0])]}
     if not keeps_bias:
@@ -120,6 +144,10 @@ def _settings(
         from_end = block is not None and block.string("axis").startswith("-")
         return settings | ({"axis": ["-1"]} if from_end and not first else {})  # a later step has fewer axes
     present = {field.name for field in block.fields} if block else set()
+    for name, value in style.fillers.get(step.suffix, {}).items():
+        settings |= {name: [value]} if name == "weight_filler" or _has_bias(layer, target) else {}
+    explicit = step.suffix in style.explicit
+    present |= {"pad", "stride"} if step.suffix in style.written else set()
     settings |= _pair("kernel", "kernel_size", (step.shape[2], step.shape[3]), None, present, explicit)
     settings |= _pair("pad", "pad", step.pad, 0, present, explicit)
     settings |= _pair("stride", "stride", step.stride, 1, present, explicit)

@@ -21,6 +21,7 @@ from caffe_proto.shape_inference import InputShapes, Shaped, infer
 from .decomposition import Geometry, Pair, Shape, macs
 from .schemes.base import Scheme, Spectrum
 
+_ANY_DEPTH = 2**20  # inputs assumed where neither shapes nor weights say how many: no rank is too large
 _NOMINAL = 64  # image side, in kernels, assumed where the real one is not known
 
 
@@ -103,7 +104,7 @@ def find(model: Model, inputs: InputShapes | None = None) -> Found:
             refused[node.name] = made
             continue
         targets[node.name] = made
-        if index in shaped.unknown:
+        if index in shaped.unknown and model.weights is not None:
             blobs[index] = _stored(model, node)
     return Found(model, shaped, targets, refused, blobs)
 
@@ -132,7 +133,7 @@ def _target(model: Model, shaped: Shaped, index: int, node: Node) -> Target | st
         return node.problem.message
     stored = model.weights[node.name] if model.weights is not None and node.name in model.weights else ()
     known = index not in shaped.unknown
-    if not known and not stored:
+    if not known and not stored and model.weights is not None:
         return f"its input shape is not known ({shaped.unknown[index].message})"
     if isinstance(node.params, ConvParams):
         return _convolution(shaped, index, node.params, stored)
@@ -142,7 +143,8 @@ def _target(model: Model, shaped: Shaped, index: int, node: Node) -> Target | st
 def _convolution(shaped: Shaped, index: int, p: ConvParams, stored: Arrays) -> Target | str:
     name = shaped.graph.nodes[index].name
     if index in shaped.unknown:
-        weight, in_hw, places = stored[0].shape, None, 1
+        in_hw, places = None, 1
+        weight = stored[0].shape if stored else (p.num_output, _ANY_DEPTH, *_kernel(p))
         bottom: tuple[int, ...] = (1, weight[1] * p.group, *(1,) * (len(weight) - 2))
     else:
         weight = shaped.blobs(index)[0]
@@ -161,7 +163,8 @@ def _fully_connected(shaped: Shaped, index: int, p: DenseParams, stored: Arrays)
     name = shaped.graph.nodes[index].name
     in_hw: Pair | None = None
     if index in shaped.unknown:
-        weight, places = stored[0].shape[-2:], 1
+        any_shape = (_ANY_DEPTH, p.num_output) if p.transpose else (p.num_output, _ANY_DEPTH)
+        weight, places = stored[0].shape[-2:] if stored else any_shape, 1
     else:
         weight, bottom, in_hw = shaped.blobs(index)[0], shaped.bottoms(index)[0], (1, 1)
         places = prod(bottom[: canonical_axis(p.axis, len(bottom))])
@@ -170,6 +173,11 @@ def _fully_connected(shaped: Shaped, index: int, p: DenseParams, stored: Arrays)
         return f"its weight {text(weight)} is empty"
     shape = (outputs, inputs, 1, 1)
     return Target(name, index, True, p.transpose, shape, Geometry(), in_hw, places, _shared(shaped, index))
+
+
+def _kernel(p: ConvParams) -> tuple[int, ...]:
+    """The kernel, taken for two axes where one number stands for all."""
+    return p.kernel * 2 if len(p.kernel) == 1 else p.kernel
 
 
 def _shared(shaped: Shaped, index: int) -> str:

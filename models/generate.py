@@ -6,10 +6,12 @@ training form; the latter has fillers, learning rates, data layers and losses on
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from caffe_proto import Model, cost, net, shapes
@@ -18,6 +20,30 @@ HERE = Path(__file__).resolve().parent
 WIDTH = 100
 
 Fields = dict[str, Any]
+
+DEFAULT_FILES = "deploy.prototxt", "train_val.prototxt"
+MADE_BY = "Written by models/generate.py: change that, not this."
+
+README_FOOT = (
+    "Weights that you have for this net are found by layer name. None come with it, and nothing here has been trained by this project: the fillers, rates and data layers of "
+    "`train_val.prototxt` are a starting point. Both prototxts and this file are written by `models/generate.py`."
+)
+
+INDEX_HEAD = """# Nets
+
+Well-known nets in Caffe's form, as bases to decompose, prune, export and time. A folder holds `deploy.prototxt`,
+`train_val.prototxt` and a README with the net's source; LeNet's also holds weights and how they were trained.
+
+| net | input | MACs | of convolutions | parameters learnt | BatchNorm statistics |
+| --- | --- | ---: | ---: | ---: | ---: |"""
+
+INDEX_FOOT = """MACs are multiply-adds of convolutions and fully connected layers, for one image. Parameters are weights, biases and
+the factors and shifts of Scale layers. BatchNorm's mean, variance and factor are stored but not learnt, and have a
+column of their own; `caffe-lra info` adds both columns.
+
+`python models/generate.py` writes every prototxt and README here but LeNet's solver and README; what the READMEs say
+in words is in `nets.toml`.
+"""
 
 
 # ------------------------------------------------------------------------------- text
@@ -101,12 +127,17 @@ class Net:
         self.layers: list[Fields] = []
         self._filler, self._bias, self._bias_decay = filler, bias, bias_decay
 
-    def add(self, kind: str, name: str, bottom: str | Sequence[str], top: str = "", **fields: Any) -> str:
+    def add(self, kind: str, name: str, bottom: str | list[str], top: str = "", **fields: Any) -> str:
         """Any layer with one top, which is called like the layer where nothing else is said."""
-        bottoms = [bottom] if isinstance(bottom, str) else list(bottom)
-        head = {"name": name, "type": kind, "bottom": bottoms, "top": top or name}
+        head = {"name": name, "type": kind, "bottom": bottom, "top": top or name}
         self.layers.append({**head, **fields})
         return top or name
+
+    def halves(self, name: str, bottom: str) -> tuple[str, str]:
+        """The first and the second half of the channels."""
+        tops = f"{bottom}_before", f"{bottom}_behind"
+        self.layers.append({"name": name, "type": "Slice", "bottom": bottom, "top": list(tops)})
+        return tops
 
     def _learnt(
         self, block: str, param: Fields, *, filler: Fields | None, bias: float | None, decay: int
@@ -148,7 +179,14 @@ class Net:
         return self.add("Convolution", name, bottom, **learnt)
 
     def fc(
-        self, name: str, bottom: str, width: int, *, filler: Fields | None = None, bias: float = 0, decay: int = 1
+        self,
+        name: str,
+        bottom: str,
+        width: int,
+        *,
+        filler: Fields | None = None,
+        bias: float = 0,
+        decay: int = 1,
     ) -> str:
         """A fully connected layer."""
         param = {"num_output": width}
@@ -164,7 +202,15 @@ class Net:
         return self.add("Dropout", name, blob, blob, dropout_param={"dropout_ratio": ratio})
 
     def pool(
-        self, name: str, bottom: str, method: Word, kernel: int, stride: int, *, pad: int = 0, floor: bool = False
+        self,
+        name: str,
+        bottom: str,
+        method: Word,
+        kernel: int,
+        stride: int,
+        *,
+        pad: int = 0,
+        floor: bool = False,
     ) -> str:
         """Pooling; ``floor`` rounds sizes down, where Caffe's habit is up."""
         param = {
@@ -193,7 +239,7 @@ class Net:
 
     def loss(self, scores: str, names: Loss, weight: float | None = None) -> None:
         """SoftmaxWithLoss, and the accuracies of the test phase."""
-        seen = {"include": {"phase": TEST}}
+        seen: Fields = {"include": {"phase": TEST}}
         self.add("Accuracy", names.top1, [scores, "label"], **seen)
         if names.top5:
             self.add("Accuracy", names.top5, [scores, "label"], **seen, accuracy_param={"top_k": 5})
@@ -301,17 +347,19 @@ INCEPTIONS = {
     "5a": (256, 160, 320, 32, 128, 128),
     "5b": (384, 192, 384, 48, 128, 128),
 }
+POOLS = {"3b": "pool3/3x3_s2", "4e": "pool4/3x3_s2"}
 Conv = Callable[..., str]
 
 
-def _inception(n: Net, tag: str, bottom: str, unit: Conv, branch5: Sequence[tuple[str, int]]) -> str:
-    """Four branches side by side; ``branch5`` names the kernels behind the third one's 1x1 ``reduce``."""
+def _inception(n: Net, tag: str, bottom: str, unit: Conv, third_branch: Sequence[str]) -> str:
+    """Four branches side by side; ``third_branch`` names a 1x1 convolution and one or two wider ones."""
     ones, reduce3, threes, reduce5, fives, projected = INCEPTIONS[tag]
     at = f"inception_{tag}/"
     first = unit(at, "1x1", bottom, ones, 1)
     second = unit(at, "3x3", unit(at, "3x3_reduce", bottom, reduce3, 1), threes, 3, pad=1)
-    third = unit(at, branch5[0][0].rstrip("_1") + "_reduce", bottom, reduce5, 1)
-    for name, kernel in branch5:
+    reduce, *wider = third_branch
+    third, kernel = unit(at, reduce, bottom, reduce5, 1), 5 if len(wider) == 1 else 3
+    for name in wider:
         third = unit(at, name, third, fives, kernel, pad=kernel // 2)
     pooled = n.pool(at + "pool", bottom, MAX, 3, 1, pad=1)
     fourth = unit(at, "pool_proj", pooled, projected, 1)
@@ -319,7 +367,7 @@ def _inception(n: Net, tag: str, bottom: str, unit: Conv, branch5: Sequence[tupl
 
 
 def _googlenet(n: Net) -> str:
-    def unit(at: str, name: str, bottom: str, width: int, kernel: int, **settings: int) -> str:
+    def unit(at: str, name: str, bottom: str, width: int, kernel: int, **settings: Any) -> str:
         blob = n.conv(at + name, bottom, width, kernel, **settings)
         return n.relu(f"{at}relu_{name.removesuffix('_s2')}", blob)
 
@@ -328,9 +376,9 @@ def _googlenet(n: Net) -> str:
     blob = unit("conv2/", "3x3", unit("conv2/", "3x3_reduce", blob, 64, 1), 192, 3, pad=1)
     blob = n.pool("pool2/3x3_s2", n.lrn("conv2/norm2", blob), MAX, 3, 2)
     for tag in INCEPTIONS:
-        blob = _inception(n, tag, blob, unit, [("5x5", 5)])
-        if tag in ("3b", "4e"):
-            blob = n.pool(f"pool{tag[0]}/3x3_s2".replace("4", "4"), blob, MAX, 3, 2)
+        blob = _inception(n, tag, blob, unit, ["5x5_reduce", "5x5"])
+        if tag in POOLS:
+            blob = n.pool(POOLS[tag], blob, MAX, 3, 2)
         if n.train and tag in ("4a", "4d"):
             _side_loss(n, "loss1" if tag == "4a" else "loss2", blob, unit)
     blob = n.dropout("pool5/drop_7x7_s1", n.pool("pool5/7x7_s1", blob, AVE, 7, 1), 0.4)
@@ -347,16 +395,17 @@ def _side_loss(n: Net, name: str, bottom: str, unit: Conv) -> None:
 
 
 def _googlenet_cifar(n: Net) -> str:
-    def unit(at: str, name: str, bottom: str, width: int, kernel: int, **settings: int) -> str:
+    def unit(at: str, name: str, bottom: str, width: int, kernel: int, **settings: Any) -> str:
         blob = n.conv(at + name, bottom, width, kernel, **settings)
         blob = n.batch_norm(f"{at}{name}/bn", f"{at}{name}/scale", blob)
         return n.relu(f"{at}relu_{name}", blob)
 
     blob = unit("conv1/", "3x3", "data", 192, 3, pad=1)
+    third_branch = ["double3x3_reduce", "double3x3_1", "double3x3_2"]
     for tag in INCEPTIONS:
-        blob = _inception(n, tag, blob, unit, [("double3x3_1", 3), ("double3x3_2", 3)])
-        if tag in ("3b", "4e"):
-            blob = n.pool(f"pool{tag[0]}/3x3_s2", blob, MAX, 3, 2, pad=1, floor=True)
+        blob = _inception(n, tag, blob, unit, third_branch)
+        if tag in POOLS:
+            blob = n.pool(POOLS[tag], blob, MAX, 3, 2, pad=1, floor=True)
     return n.fc("classifier", n.global_average("pool5/8x8", blob), 10)
 
 
@@ -413,12 +462,13 @@ def _option_a(n: Net, name: str, blob: str, _width: int) -> str:
     """The shortcut without weights: every second pixel, between as many zero channels as it has itself."""
     kept = n.pool(f"{name}_subsample", blob, MAX, 1, 2, floor=True)
     zeros = n.add("Power", f"{name}_zeros", kept, power_param={"scale": 0})
-    before, behind = f"{name}_zeros_before", f"{name}_zeros_behind"
-    n.layers.append({"name": f"{name}_halves", "type": "Slice", "bottom": zeros, "top": [before, behind]})
+    before, behind = n.halves(f"{name}_halves", zeros)
     return n.add("Concat", f"{name}_shortcut", [before, kept, behind])
 
 
-def _cifar_resnet(n: Net, depth: int, shortcut: Callable[[Net, str, str, int], str], *, has_bias: bool) -> str:
+def _cifar_resnet(
+    n: Net, depth: int, shortcut: Callable[[Net, str, str, int], str], *, has_bias: bool
+) -> str:
     """Three groups of ``depth`` blocks of two 3x3 convolutions; ``has_bias``: that of conv1 alone."""
 
     def unit(name: str, bottom: str, width: int, stride: int = 1, *, biased: bool = False) -> str:
@@ -460,7 +510,16 @@ def _densenet_40(n: Net) -> str:
     return n.fc("fc", n.global_average("pool3", normalized("final", blob)), 10)
 
 
-FIRES = {2: (16, 64), 3: (16, 64), 4: (32, 128), 5: (32, 128), 6: (48, 192), 7: (48, 192), 8: (64, 256), 9: (64, 256)}
+FIRES = {
+    2: (16, 64),
+    3: (16, 64),
+    4: (32, 128),
+    5: (32, 128),
+    6: (48, 192),
+    7: (48, 192),
+    8: (64, 256),
+    9: (64, 256),
+}
 
 
 def _squeezenet(n: Net) -> str:
@@ -496,7 +555,7 @@ SEPARABLE = (
 
 
 def _mobilenet(n: Net) -> str:
-    def unit(tag: str, bottom: str, width: int, kernel: int, **settings: int) -> str:
+    def unit(tag: str, bottom: str, width: int, kernel: int, **settings: Any) -> str:
         name = f"conv{tag}"
         blob = n.conv(name, bottom, width, kernel, pad=kernel // 2, has_bias=False, **settings)
         return n.relu(f"relu{tag}", n.batch_norm(f"{name}/bn", f"{name}/scale", blob))
@@ -513,12 +572,13 @@ def _mobilenet(n: Net) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """Where training images come from and what is done to them."""
+    """What goes into a net: the size of an image, how it is prepared, and where training images come from."""
 
-    lmdb: str
     size: tuple[int, int, int]
-    input: str
-    batches: tuple[int, int] = (128, 100)
+    colours: str
+    lmdb: str
+    test: str
+    batches: tuple[int, int]
     layer: str = "data"
     mirror: bool = False
     crop: int | None = None
@@ -526,13 +586,16 @@ class Data:
     means: tuple[float, ...] = ()
     scale: float | None = None
 
-    def layers(self) -> list[Fields]:
-        """The two data layers."""
-        return [self._layer(phase, *pair) for phase, *pair in self._phases()]
+    @property
+    def prepared(self) -> str:
+        """The preparation in words."""
+        means = ", ".join(map(str, self.means)) or (self.mean_file and "the mean image of the training set")
+        steps = [f" minus {means}" if means else "", f", times {self.scale}" if self.scale else ""]
+        return f"{self.colours} values 0..255" + "".join(steps)
 
-    def _phases(self) -> Iterator[tuple[Word, str, int]]:
-        yield TRAIN, "train", self.batches[0]
-        yield TEST, "test" if self.crop is None or self.crop == 32 else "val", self.batches[1]
+    def layers(self) -> list[Fields]:
+        """The data layers of training and of testing."""
+        return [self._layer(TRAIN, "train", self.batches[0]), self._layer(TEST, self.test, self.batches[1])]
 
     def _layer(self, phase: Word, part: str, batch: int) -> Fields:
         transform = {
@@ -545,3 +608,245 @@ class Data:
         source = {"source": f"{self.lmdb}_{part}_lmdb", "backend": Word("LMDB"), "batch_size": batch}
         head = {"name": self.layer, "type": "Data", "top": ["data", "label"], "include": {"phase": phase}}
         return {**head, "transform_param": transform, "data_param": source}
+
+
+def _imagenet(size: int, means: tuple[float, ...] = (104, 117, 123), scale: float | None = None) -> Data:
+    return Data(
+        size=(3, size, size),
+        colours="blue, green, red",
+        lmdb="ilsvrc12",
+        test="val",
+        batches=(256 if size == 227 else 32, 50),
+        mirror=True,
+        crop=size,
+        means=means,
+        scale=scale,
+    )
+
+
+_MNIST = Data((1, 28, 28), "gray", "mnist", "test", (64, 100), layer="mnist", scale=1 / 256)
+_CIFAR_MEAN_IMAGE = Data(
+    size=(3, 32, 32),
+    colours="red, green, blue",
+    lmdb="cifar10",
+    test="test",
+    batches=(100, 100),
+    layer="cifar",
+    mean_file="cifar10_mean.binaryproto",
+)
+_CIFAR = Data(
+    size=(3, 32, 32),
+    colours="red, green, blue",
+    lmdb="cifar10_pad4",
+    test="test",
+    batches=(128, 100),
+    layer="cifar",
+    mirror=True,
+    crop=32,
+    means=(125.3, 123, 113.9),
+    scale=0.0196,
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One net: its folder, its layers and how it is trained. What its README says is in nets.toml.
+
+    ``heads`` are the comments at the top of the two ``files``; without any they are made. A net with files of
+    its own naming has a README written by hand.
+    """
+
+    folder: str
+    body: Callable[[Net], str]
+    data: Data
+    filler: Fields = field(default_factory=lambda: XAVIER)
+    bias: float = 0
+    bias_decay: int = 0
+    loss: Loss = Loss()
+    files: tuple[str, str] = DEFAULT_FILES
+    heads: tuple[str, str] | None = None
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """name, about, source and notes."""
+        found: dict[str, Any] = _WORDS[self.folder]
+        return found
+
+
+_WORDS = tomllib.loads((HERE / "nets.toml").read_text(encoding="utf-8"))
+_TEN = Loss(top5="")
+_cifar10 = partial(Entry, data=_CIFAR_MEAN_IMAGE, filler=gaussian(0.01), bias_decay=1, loss=_TEN)
+_cifar_norm = partial(Entry, data=_CIFAR, filler=MSRA, loss=_TEN)
+_LENET_HEADS = (
+    "# LeNet for 28x28 gray digits. Feed gray values 0..255 multiplied by 0.00390625 (1/256).\n",
+    "# LeNet with the data layers and the loss that lenet_solver.prototxt trains it with.\n"
+    "# Each Data layer reads an LMDB of 28x28 gray images; the net sees gray * 0.00390625 (1/256).\n",
+)
+_LENET_FILES = "lenet.prototxt", "lenet_train_val.prototxt"
+
+ZOO = (
+    Entry("lenet", _lenet, _MNIST, bias_decay=1, loss=_TEN, files=_LENET_FILES, heads=_LENET_HEADS),
+    _cifar10("cifar10_quick", _cifar10_quick),
+    _cifar10("cifar10_full", _cifar10_full),
+    Entry("alexnet", partial(_alexnet, pool_first=False, bias=0.1), _imagenet(227), gaussian(0.01)),
+    Entry("caffenet", partial(_alexnet, pool_first=True, bias=1), _imagenet(227), gaussian(0.01)),
+    Entry("vgg_16", _vgg_16, _imagenet(224, (103.939, 116.779, 123.68))),
+    Entry(
+        "googlenet",
+        _googlenet,
+        _imagenet(224),
+        bias=0.2,
+        loss=Loss("loss3/loss3", "loss3/loss3", "loss3/top-1", "loss3/top-5"),
+    ),
+    Entry("resnet_18", partial(_resnet, depths=(2, 2, 2, 2), bottleneck=False), _imagenet(224), MSRA),
+    Entry("resnet_50", partial(_resnet, depths=(3, 4, 6, 3), bottleneck=True), _imagenet(224), MSRA),
+    Entry("squeezenet_v1.1", _squeezenet, _imagenet(227)),
+    Entry("mobilenet_v1", _mobilenet, _imagenet(224, (103.94, 116.78, 123.68), 0.017), MSRA),
+    _cifar_norm("vgg_16_bn", _vgg_16_bn),
+    _cifar_norm("googlenet_cifar", _googlenet_cifar),
+    _cifar_norm("resnet_20", partial(_cifar_resnet, depth=3, shortcut=_projection, has_bias=True)),
+    _cifar_norm("resnet_56", partial(_cifar_resnet, depth=9, shortcut=_option_a, has_bias=False)),
+    _cifar_norm("resnet_110", partial(_cifar_resnet, depth=18, shortcut=_option_a, has_bias=False)),
+    _cifar_norm("densenet_40", _densenet_40),
+)
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def _net(entry: Entry, *, train: bool) -> Net:
+    return Net(train=train, filler=entry.filler, bias=entry.bias, bias_decay=entry.bias_decay)
+
+
+def _text(head: str, name: str, layers: Sequence[Fields]) -> str:
+    return f'{head}name: "{name}"\n' + "".join(map(_layer_text, layers))
+
+
+def deploy(entry: Entry) -> str:
+    """The form that classifies."""
+    made = _net(entry, train=False)
+    shape: Fields = {"dim": [1, *entry.data.size]}
+    source: Fields = {"name": "data", "type": "Input", "top": "data", "input_param": {"shape": shape}}
+    made.add("Softmax", "prob", entry.body(made))
+    head = entry.heads[0] if entry.heads else f"# Feed {entry.data.prepared}.\n# {MADE_BY}\n"
+    return _text(head, entry.words["name"], [source, *made.layers])
+
+
+def train_val(entry: Entry) -> str:
+    """The form that learns, and is tested meanwhile."""
+    made = _net(entry, train=True)
+    made.loss(entry.body(made), entry.loss)
+    head = entry.heads[1] if entry.heads else f"# {MADE_BY}\n"
+    return _text(head, entry.words["name"], [*entry.data.layers(), *made.layers])
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a deploy form costs, for one image."""
+
+    macs: int
+    conv_macs: int
+    learnt: int
+    scales: int
+    statistics: int
+    top: tuple[int, ...]
+
+
+def counts(entry: Entry) -> Counts:
+    """Count a net. BatchNorm's statistics are stored, but not learnt."""
+    model = Model(net.parse(deploy(entry)))
+    total = cost(model)
+    by_type = {"BatchNorm": 0, "Scale": 0}
+    for layer in total.layers:
+        by_type[layer.type] = by_type.get(layer.type, 0) + layer.params
+    statistics = by_type["BatchNorm"]
+    learnt = total.params - statistics
+    return Counts(total.macs, total.conv_macs, learnt, by_type["Scale"], statistics, shapes(model)["prob"])
+
+
+def _parameters(found: Counts) -> Iterator[tuple[str, str]]:
+    if not found.statistics:
+        yield "Parameters", f"{found.learnt:,}"
+        return
+    yield "Parameters learnt", f"{found.learnt:,}, of them {found.scales:,} in Scale layers behind BatchNorm"
+    total = found.learnt + found.statistics
+    yield (
+        "BatchNorm statistics",
+        f"{found.statistics:,}: mean, variance and one factor a layer. `caffe-lra info` counts them as well: {total:,}",
+    )
+
+
+def _rows(entry: Entry, found: Counts) -> Iterator[tuple[str, str]]:
+    yield "Source", entry.words["source"]
+    yield "Input", f"`data`, {_by((1, *entry.data.size))}: {entry.data.prepared}"
+    yield "Output", f"`prob`, {_by(found.top)}"
+    yield "MACs", f"{found.macs:,} for one image: multiply-adds of convolutions and fully connected layers"
+    yield "MACs of convolutions", f"{found.conv_macs:,}"
+    yield from _parameters(found)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _filled(text: str, behind: str = "") -> str:
+    """Prose on lines of 110 columns, those after the first behind some spaces."""
+    words = " ".join(text.split())
+    return fill(words, 110, subsequent_indent=behind, break_long_words=False, break_on_hyphens=False)
+
+
+def readme(entry: Entry) -> str:
+    """What the net is and what it costs."""
+    table = [f"| {key} | {value} |" for key, value in _rows(entry, counts(entry))]
+    batch = entry.data.batches[0]
+    shape = "" if entry.data.crop else f" --input-shape data={batch},3,32,32 --input-shape label={batch}"
+    at, title = f"models/{entry.folder}", entry.words["name"].replace("_", " ")
+    return "\n".join(
+        [
+            f"# {title}\n",
+            _filled(entry.words["about"]) + "\n",
+            "| | |\n| --- | --- |",
+            *table,
+            "",
+            *(_filled(f"- {note}", "  ") for note in entry.words["notes"]),
+            *([""] if entry.words["notes"] else []),
+            "Every layer with its shape, parameters and MACs:\n",
+            f"    caffe-lra info {at}/deploy.prototxt",
+            f"    caffe-lra info {at}/train_val.prototxt --phase TRAIN{shape}\n",
+            _filled(README_FOOT),
+            "",
+        ]
+    )
+
+
+def index() -> str:
+    """The README of this folder: all nets in one table."""
+    rows = []
+    for entry in ZOO:
+        found, link = counts(entry), f"[{entry.folder}]({entry.folder}/{entry.files[0]})"
+        numbers = (found.macs, found.conv_macs, found.learnt, found.statistics)
+        rows.append(f"| {link} | {_by(entry.data.size)} | " + " | ".join(f"{n:,}" for n in numbers) + " |")
+    return "\n".join([INDEX_HEAD, *rows, "", INDEX_FOOT])
+
+
+def files() -> dict[str, str]:
+    """All that this program writes: text by path in this folder."""
+    made = {"README.md": index()}
+    for entry in ZOO:
+        texts = deploy(entry), train_val(entry)
+        made.update({f"{entry.folder}/{name}": text for name, text in zip(entry.files, texts, strict=True)})
+        if entry.files == DEFAULT_FILES:
+            made[f"{entry.folder}/README.md"] = readme(entry)
+    return made
+
+
+def main() -> None:
+    """Write all files."""
+    for name, text in files().items():
+        path = HERE / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

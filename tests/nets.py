@@ -86,7 +86,7 @@ def inputs(**shapes: tuple[int, ...]) -> str:
 def random_weights(
     parsed: net.Net, seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> Weights:
-    """Normal blobs for every layer that learns any; layers that share a param name hold the same numbers."""
+    """Normal blobs, scaled by fan-in, for every layer that learns any; the same numbers for one param name."""
     shaped = infer(build(parsed), shapes)
     rng = np.random.default_rng(seed)
     dialect = V1 if parsed.dialect == "V1" else V2
@@ -97,8 +97,10 @@ def random_weights(
         for i, shape in enumerate(shaped.blobs(index)):
             specs = node.layer.param_specs
             key = (specs[i].name if i < len(specs) else "") or f"{index}/{i}"
-            made = shared.setdefault(key, rng.standard_normal(shape, np.float32))
-            blobs.append(made.reshape(shape))
+            if key not in shared:
+                scale = np.float32(np.prod(shape[1:], dtype=float) ** -0.5)
+                shared[key] = rng.standard_normal(shape, np.float32) * scale
+            blobs.append(shared[key].reshape(shape))
         if blobs:
             entries.append(NewEntry(node.name, tuple(blobs), dialect=dialect))
     return Weights(entries, dialect=dialect)

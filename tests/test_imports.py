@@ -14,7 +14,8 @@ ORDER = (
     caffe_proto.files caffe_proto.schema caffe_proto.text caffe_proto.wire
     lra.linalg lra.decomposition lra.ranks lra.digits
     lra.schemes.base lra.schemes.cross_filter lra.schemes.spatial lra.schemes
-    caffe_proto.blocks caffe_proto.net caffe_proto.weights
+    caffe_proto.blocks caffe_proto.weights caffe_proto.upgrade caffe_proto.net
+    caffe_proto.recover caffe_proto.upgrade_weights
     caffe_proto.typed caffe_proto.model
     caffe_proto.layers.emit caffe_proto.layers.spec
     caffe_proto.layers.conv caffe_proto.layers.dense caffe_proto.layers.ends caffe_proto.layers.norm

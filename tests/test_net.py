@@ -258,7 +258,10 @@ def test_legacy_inputs(source: str, names: tuple[str, ...], shapes: list[tuple[s
 
 @pytest.mark.parametrize(
     ("source", "cause"),
-    [("\ninput: 'a'", 'line 2: input "a" has no shape'), ("input: 'a' input_dim: [1, 2, 3, 4, 5, 6]", "6 input_dim")],
+    [
+        ("\ninput: 'a'", 'line 2: input "a" has no shape'),
+        ("input: 'a' input_dim: [1, 2, 3, 4, 5, 6]", "6 input_dim"),
+    ],
 )
 def test_legacy_inputs_without_a_shape_are_refused(source: str, cause: str) -> None:
     with pytest.raises(NetError, match=cause):

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nets
 import numpy as np
 import pytest
 
 import caffe_proto as cp
 import lra
-import nets
 from caffe_proto import net
 from caffe_proto.errors import NetError, PlanError
 from caffe_proto.files import text_bytes
@@ -48,7 +48,7 @@ NETS = {
     ),
     "lists": conv("num_output: 6 kernel_size: [5, 3] pad: [0, 2] stride: [1, 2]", 1, 2, 11, 12),
     "row": conv("num_output: 6 kernel_h: 1 kernel_w: 7 pad_w: 3", 1, 3, 6, 9),
-    "column": conv("num_output: 6 kernel_h: 7 kernel_w: 1 stride_h: 2", 1, 3, 12, 5),
+    "column": conv("num_output: 6 kernel_h: 7 kernel_w: 1 stride_h: 2 stride_w: 1", 1, 3, 12, 5),
     "1x1": conv("num_output: 6 kernel_size: 1", 1, 9, 4, 4),
     "dilation": conv("num_output: 8 kernel_size: 3 dilation: 2 dilation: 3 pad: 2", 1, 3, 12, 14),
     "groups": conv("num_output: 12 kernel_size: 3 group: 3 stride: 2 pad: 1", 2, 6, 9, 9),
@@ -309,8 +309,6 @@ def test_same_bytes_in_two_processes(tmp_path: Path, scheme: str) -> None:
         "cp.save(made, out + '.prototxt', out + '.caffemodel')\n"
     )
     chosen = plan({"conv1": (scheme, 6), "conv2": (scheme, 8), "ip1": (scheme, 9)})
-    if scheme == "spatial":
-        chosen = plan({"conv1": (scheme, 6), "conv2": (scheme, 8)})
     (tmp_path / "plan.json").write_text(chosen.to_json())
     for out in ("one", "two"):
         subprocess.run(

@@ -139,7 +139,9 @@ def test_every_form_of_a_blob(tmp_path: Path, blob_bytes: bytes, expected: np.nd
         assert same((array,), (expected,))
 
 
-_PIECES = st.lists(st.tuples(st.booleans(), st.lists(st.floats(width=32), max_size=4)), max_size=6)
+_PIECES = st.lists(
+    st.tuples(st.booleans(), st.lists(st.floats(width=32, allow_subnormal=False), max_size=4)), max_size=6
+)
 
 
 @given(_PIECES, st.booleans())
@@ -326,7 +328,9 @@ def _is_v0(data: bytes) -> bool:
 
 
 ARRAYS = hnp.arrays(
-    np.float32, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=3), elements=st.floats(width=32)
+    np.float32,
+    hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=3),
+    elements=st.floats(width=32, allow_subnormal=False),
 )
 LAYERS = st.dictionaries(
     st.text(st.characters(codec="utf-8"), max_size=8), st.lists(ARRAYS, min_size=1, max_size=3), max_size=4

@@ -85,7 +85,7 @@ _LAYERS = st.builds(
     st.text(),
     st.lists(st.text(max_size=200)),
     st.integers(0, 1),
-    st.lists(st.floats(width=32, allow_nan=False)),
+    st.lists(st.floats(width=32, allow_subnormal=False, allow_nan=False)),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import NetError, ShapeError
 from ..typed import Typed
@@ -88,6 +88,11 @@ def _hdf5(request: Request) -> SourceParams:
     return SourceParams((None,) * request.n_tops, "the shape is in the HDF5 files")
 
 
+def _files(params: Callable[[Request], SourceParams]) -> LayerSpec:
+    """A layer that reads files: what it would do with them is not done here, its tops are fed."""
+    return replace(_source(params), any_fields=True)
+
+
 def _source(params: Callable[[Request], SourceParams], tops: tuple[int, int | None] = (1, None)) -> LayerSpec:
     return LayerSpec(
         params=params,
@@ -108,10 +113,10 @@ SPECS = {
     "Input": _source(_input),
     "DummyData": _source(_dummy),
     "MemoryData": _source(_memory, (2, 2)),
-    "Data": _source(_images("data_param")),
-    "ImageData": _source(_images("image_data_param")),
-    "WindowData": _source(_images("window_data_param")),
-    "HDF5Data": _source(_hdf5),
+    "Data": _files(_images("data_param")),
+    "ImageData": _files(_images("image_data_param")),
+    "WindowData": _files(_images("window_data_param")),
+    "HDF5Data": _files(_hdf5),
     "Silence": LayerSpec(
         infer=lambda _p, _bottoms: (),
         onnx=_nothing,

@@ -84,7 +84,7 @@ class LayerSpec:
 
     ``bottoms`` and ``tops`` bound their counts (an upper bound of None: any number). ``aliases`` says that
     the tops share the memory of the first bottom, as Caffe's Split, Flatten and Reshape do. ``source`` says
-    that the tops are fed from outside, ``loss`` that Caffe adds an unnamed top and a loss_weight of 1 where the
+    that the tops are fed from outside, ``any_fields`` that fields it does not know cannot change the result, ``loss`` that Caffe adds an unnamed top and a loss_weight of 1 where the
     net gives none. ``blobs`` gives the shapes a caffemodel must hold. ``affine`` gives (scale, shift), float64
     of (channels,) each, where the layer is x*scale + shift along axis 1, else None.
     """
@@ -101,6 +101,7 @@ class LayerSpec:
     understood: frozenset[str] = frozenset()
     aliases: bool = False
     source: bool = False
+    any_fields: bool = False
     loss: bool = False
 
 
