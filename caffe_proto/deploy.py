@@ -12,15 +12,17 @@ from functools import cached_property
 
 from . import net as nets
 from .blocks import Block
-from .errors import NetError, ShapeError, UnsupportedError, UsageError
+from .errors import NetError, ShapeError, UsageError
 from .graph import Graph, Node, Value, build
 from .layers import LAYERS
 from .layers.ends import SourceParams
+from .layers.shape import VIEW
 from .layers.spec import Channels, Shape
 from .net import Layer, Net, NetState, nearest
 from .rewrite import Namer
 from .shape_inference import InputShapes
 from .text import Message, quote
+from .typed import Typed
 
 # A loss, and the layer (V2 and V1 type) that turns the same scores into what the loss judges.
 _ENDS = {"SoftmaxWithLoss": ("Softmax", "SOFTMAX"), "SigmoidCrossEntropyLoss": ("Sigmoid", "SIGMOID")}
@@ -134,7 +136,8 @@ def _is_loss(layer: Layer) -> bool:
 
 
 def _loss_weights(layer: Layer) -> list[float]:
-    return [float(one.rstrip("fF")) for one in layer.message.strings("loss_weight")]
+    name = "V1LayerParameter" if layer.dialect == "V1" else "LayerParameter"
+    return list(Typed(layer.message, name, layer.document)["loss_weight"])
 
 
 @dataclass
@@ -175,14 +178,9 @@ def deploy(
 
     Data layers get the batch size 1, or ``batch``; Input layers keep theirs without it. ``auxiliary`` keeps
     the classifiers whose loss weighs less than the heaviest. Raises ShapeError where the file does not say
-    how large an input is, UnsupportedError on a V0 net.
+    how large an input is. A V0 net comes out as V2.
     """
-    if net.dialect == "V0":
-        raise UnsupportedError(
-            "is a V0 net, which is not rewritten",
-            path=net.path,
-            hint="bring it to V2 first: caffe-lra upgrade",
-        )
+    net = net.upgraded
     survey = _Survey(net, build(net))
     given = dict(input_shapes or {})
     fed = [survey.graph.blob(value) for value in survey.sources]
@@ -200,7 +198,8 @@ class _Writer:
         self.live = survey.ancestors(choice.values)
         self.block = Block(self.net.document, 0, len(self.net.text))
         nodes = [self.graph.nodes[index] for index in sorted({value.node for value in self.live})]
-        self.nodes = {node.layer.span: node for node in nodes if not _is_gather(node)}
+        real = (node for node in nodes if not _is_gather(node) and node.layer.type != VIEW)
+        self.nodes = {node.layer.span: node for node in real}
         self.inputs: dict[str, Shape] = {}
         names = {name for node in nodes for name in (node.name, *node.layer.tops)}
         self.namer = Namer(names)

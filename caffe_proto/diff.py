@@ -17,13 +17,13 @@ import numpy as np
 
 from .binding import bind
 from .costs import LayerCost, cost
-from .errors import NetError, UnsupportedError
+from .errors import NetError, UsageError
 from .graph import Graph, Value, build
 from .layers.ends import SourceParams
 from .layers.shape import VIEW
 from .layers.spec import Arrays, Shape, text
 from .model import Model
-from .net import Layer
+from .net import Layer, nearest
 from .shape_inference import InputShapes, Shaped, infer
 from .typed import FieldInfo, Typed, field_info, is_harmless
 
@@ -33,7 +33,6 @@ Recompose = Callable[[Sequence[Kernel]], np.ndarray]  # the one kernel that a ch
 Fields = dict[str, tuple[str, str]]  # field -> (in a, in b)
 
 LINEAR = ("Convolution", "InnerProduct")
-STATUSES = ("same", "training", "weights", "changed", "renamed", "decomposed", "only a", "only b")
 
 # What is compared elsewhere (wiring, param settings of V1), or says nothing of what a layer computes in TEST.
 _ELSEWHERE = {"name", "type", "bottom", "top", "blobs", "layer"}
@@ -48,6 +47,7 @@ _PAIRS = {
     "pad": ("pad", "0"),
     "dilation": ("dilation", "1"),
 }
+_RULES = {"phase", "min_level", "max_level"}  # given or not is what counts
 _NO_VALUE = "-"
 
 
@@ -105,7 +105,9 @@ class Meaning:
     def _default(self, name: str, info: FieldInfo | None) -> str:
         if name == "use_global_stats":
             return _text(self.phase == "TEST")
-        return _NO_VALUE if info is None or info.default is None else _text(info.default)
+        if info is None or info.default is None or name in _RULES:
+            return _NO_VALUE
+        return _text(info.default) or _NO_VALUE
 
     def _pairs(self, typed: Typed, known: Mapping[str, FieldInfo], prefix: str) -> set[str]:
         """Settings with an _h and a _w spelling, as ``5x1``, or ``5`` where all axes agree; the names they took."""
@@ -373,7 +375,7 @@ class Row:
             "ranks": list(self.ranks),
             "macs": list(self.pair("macs")),
             "params": list(self.pair("params")),
-            "weights": self.weights,
+            "weights": self.weights if self.weights is None or np.isfinite(self.weights) else None,
         }
 
 
@@ -413,13 +415,13 @@ def diff(
     Layers whose shapes are unknown are compared without MACs. Where the file of one net does not say how
     large an input is, it counts as that of the other; both are counted at the batch of ``a``, if it has one.
     """
-    for model in (a, b):
-        if model.net.dialect == "V0":
-            hint = "bring it to V2 first: caffe-lra upgrade"
-            raise UnsupportedError("is a V0 net, which is not compared", path=model.net.path, hint=hint)
     graphs = build(a.net), build(b.net)
     fed = [_fed_shapes(graph) for graph in graphs]
-    shapes = _meeting(fed[0], fed[1], dict(input_shapes or {}))
+    given = dict(input_shapes or {})
+    known = [*fed[0], *fed[1]]
+    for name in given.keys() - set(known):
+        raise UsageError(f'"{name}" is an input of neither net', hint=nearest(name, known))
+    shapes = _meeting(fed[0], fed[1], given)
     aligned = _Alignment(
         *(
             _side(model, graph, own, given)
@@ -705,8 +707,11 @@ def _apart(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float | None:
     """Relative difference of blobs taken together; None where their sizes differ."""
     if [one.size for one in a] != [one.size for one in b]:
         return None
+    pairs = [(before.ravel(), after.ravel()) for before, after in zip(a, b, strict=True)]
+    if all(np.array_equal(before, after, equal_nan=True) for before, after in pairs):
+        return 0.0
     squares = np.zeros(2)
-    for before, after in zip(a, b, strict=True):
-        difference = after.ravel() - before.ravel()
+    for before, after in pairs:
+        difference = after - before
         squares += np.linalg.norm(difference) ** 2, np.linalg.norm(before) ** 2
     return float(np.sqrt(squares[0] / (squares[1] or 1.0)))

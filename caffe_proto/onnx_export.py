@@ -200,7 +200,9 @@ class _Writer:
         return names
 
     def write(self, name: str) -> Export:
-        used = [value for value in self.built.sources if value.node in self.needed]
+        used = [
+            value for value in self.built.sources if self.needed.intersection(self.built.consumers[value])
+        ]
         inputs = {self.built.blob(value): self.names[value] for value in used}
         for value in used:
             self._preprocess(value)

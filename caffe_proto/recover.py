@@ -59,29 +59,30 @@ def stored_fields(stored: Weights) -> Iterator[StoredField]:
             raise CaffemodelError("is no caffemodel", path=stored.path)
         try:
             found = next(wire.fields(piece.buffer, piece.start, piece.end))
-            blobs: list[tuple[int, int]] = []
             if found.kind != BYTES or found.number not in (LAYER, LAYERS):
                 yield StoredField(piece, found.number, piece.buffer[piece.start : piece.end])
                 continue
             kind = "LayerParameter" if found.number == LAYER else "V1LayerParameter"
-            payload = _without_blobs(piece.buffer, found, kind, blobs)
+            payload, blobs = _without_blobs(piece.buffer, found, kind)
         except WireError as error:
             raise CaffemodelError(str(error), path=stored.path) from error
-        yield StoredField(piece, found.number, payload, tuple(blobs))
+        yield StoredField(piece, found.number, payload, blobs)
 
 
-def _without_blobs(buffer: Any, field: WireField, kind: str, blobs: list[tuple[int, int]]) -> bytes:
-    """The payload of a layer without its blobs, whose spans are noted."""
-    kept = []
+def _without_blobs(buffer: Any, field: WireField, kind: str) -> tuple[bytes, tuple[tuple[int, int], ...]]:
+    """The payload of a layer without its blobs, and their spans; of a V0 layer those of the inner block only."""
+    kept: list[bytes] = []
+    blobs: list[tuple[int, int]] = []
+    inner_blobs: tuple[tuple[int, int], ...] | None = None
     for inner in wire.fields(buffer, field.at, field.end):
         if inner.kind == BYTES and inner.number == _BLOBS[kind]:
             blobs.append((inner.at, inner.end))
         elif inner.kind == BYTES and (kind, inner.number) == ("V1LayerParameter", V0_LAYER):
-            del blobs[:]  # blobs beside a V0 layer are not Caffe's
-            kept.append(wire.encode_bytes(V0_LAYER, _without_blobs(buffer, inner, "V0LayerParameter", blobs)))
+            payload, inner_blobs = _without_blobs(buffer, inner, "V0LayerParameter")
+            kept.append(wire.encode_bytes(V0_LAYER, payload))
         else:
             kept.append(buffer[inner.start : inner.end])
-    return b"".join(kept)
+    return b"".join(kept), tuple(blobs) if inner_blobs is None else inner_blobs
 
 
 def as_message(fields: Iterable[StoredField], path: str | None) -> Any:

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import schema, text, upgrade_weights
+from . import schema, text, upgrade_weights, wire
 from .blocks import Block
 from .errors import NetError
+from .files import text_bytes
 from .model import Model
 from .net import V1_TYPES, Layer, Net
 from .text import Edit, Field, Message, Scalar, quote
-from .weights import Blobs, NewEntry
+from .weights import V1, V2, Blobs, NewEntry
 
 Settings = Mapping[str, Sequence[str]]  # field -> literal values; none removes the field
 
@@ -107,7 +108,8 @@ def apply(model: Model, edits: Sequence[Replace]) -> Model:
     )
     weights = model.weights
     if weights is not None:
-        if upgrade_weights.is_v0(weights):
+        made_here = any(isinstance(piece, NewEntry) for piece in weights.pieces)  # then no longer V0
+        if not made_here and upgrade_weights.is_v0(weights):
             weights = upgrade_weights.upgrade_weights(weights).weights()
         written = {layer.name: layer for layer in changed.all_layers}
         v1 = weights.dialect.name == "V1"
@@ -231,18 +233,26 @@ def definition(layer: Layer, block: str, v1: bool) -> bytes:
     """A layer without its blobs, as a caffemodel embeds it: name, type, bottoms, tops and parameter block."""
     from google.protobuf import text_format
 
-    made: Any = schema.message_class("V1LayerParameter" if v1 else "LayerParameter")()
-    made.name = layer.name
-    made.bottom.extend(layer.bottoms)
-    made.top.extend(layer.tops)
+    dialect = V1 if v1 else V2
+    parameters: Any = schema.message_class("V1LayerParameter" if v1 else "LayerParameter")()
     if v1:
         enumerator = next(name for name, kind in V1_TYPES.items() if kind == layer.type)
-        made.type = schema.enum_values("V1LayerParameter.LayerType")[enumerator]
+        kind_ = wire.tag(dialect.type, wire.VARINT) + wire.encode_varint(_v1_number(enumerator))
     else:
-        made.type = layer.type
+        kind_ = wire.encode_bytes(dialect.type, layer.type.encode())
+    texts = [
+        (dialect.layer_name, layer.name),
+        *((dialect.bottom, name) for name in layer.bottoms),
+        *((dialect.top, name) for name in layer.tops),
+    ]
+    strings = b"".join(wire.encode_bytes(number, text_bytes(value)) for number, value in texts)
     inner = layer.message.last(block)
     if inner is not None and isinstance(inner.value, Message):
         source = layer.document.text[inner.value.start : inner.value.end]
-        pool = made.DESCRIPTOR.file.pool
-        text_format.Parse(source, getattr(made, block), allow_unknown_field=True, descriptor_pool=pool)
-    return bytes(made.SerializeToString(deterministic=True))
+        pool = parameters.DESCRIPTOR.file.pool
+        text_format.Parse(source, getattr(parameters, block), allow_unknown_field=True, descriptor_pool=pool)
+    return strings + kind_ + bytes(parameters.SerializeToString(deterministic=True))
+
+
+def _v1_number(enumerator: str) -> int:
+    return schema.enum_values("V1LayerParameter.LayerType")[enumerator]

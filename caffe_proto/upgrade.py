@@ -101,7 +101,7 @@ _BATCH_NORM_PARAMS = 3
 
 _COMMENT = re.compile(r"#[^\n\r]*")
 _COMMENT_BEHIND = re.compile(r"[ \t]*[,;]?[ \t]*(#[^\n\r]*)")
-_INDENTED_BLOCK = re.compile(r"^([ \t]*)\w[^\n]*[{<][ \t]*(?:#[^\n]*)?\n\1([ \t]+)\S", re.MULTILINE)
+_INDENTED_BLOCK = re.compile(r"^([ \t]*)\w[^\n]*[{<][ \t]*(?:#[^\n]*)?\r?\n\1([ \t]+)\S", re.MULTILINE)
 
 
 @dataclass(frozen=True)

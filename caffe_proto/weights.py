@@ -43,12 +43,15 @@ class Dialect:
 
     name: str
     field: int  # NetParameter -> layer
-    layer_name: int  # layer -> name
-    blobs: int  # layer -> blobs
+    layer_name: int  # layer -> name, and so on
+    type: int
+    bottom: int
+    top: int
+    blobs: int
 
 
-V2 = Dialect("V2", 100, 1, 7)
-V1 = Dialect("V1", 2, 4, 6)
+V2 = Dialect("V2", 100, 1, 2, 3, 4, 7)
+V1 = Dialect("V1", 2, 4, 5, 2, 3, 6)
 _V0_LAYER, _V0_NAME, _V0_BLOBS = 1, 1, 50
 _DATA, _SHAPE, _DOUBLE = 5, 7, 8
 _LEGACY_AXES = (1, 2, 3, 4)

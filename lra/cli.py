@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 import caffe_proto
 from caffe_proto import console
@@ -22,6 +23,8 @@ from caffe_proto.console import (
 )
 from caffe_proto.errors import UsageError
 
+from . import outputs
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -33,6 +36,15 @@ if TYPE_CHECKING:
     from .targets import Found, Spectra
 
     _Reference = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+STYLE_NAMES = [
+    "default",
+    "wen",
+    "tai",
+    "he",
+    "girshick",
+]  # lra.styles.STYLES, without waiting for its imports
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -126,7 +138,7 @@ def _names(values: Sequence[str]) -> list[str]:
 )
 @click.option(
     "--style",
-    type=click.Choice(["default", "wen", "tai", "he"]),
+    type=click.Choice(STYLE_NAMES),
     default="default",
     show_default=True,
     help="Layer names, bias and filler rules of the published tools.",
@@ -151,8 +163,9 @@ def decompose(**given: Any) -> None:
     Give exactly one of --speedup, --energy, --ranks, --rank-config and --plan. A layer that would not get
     cheaper is kept, with the reason.
     """
-    job = _Decompose(**given)
-    job.run()
+    context = click.get_current_context()
+    said = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    _Decompose(**given, said=frozenset(said)).run()
 
 
 @dataclass
@@ -187,6 +200,7 @@ class _Decompose:
     stages: Sequence[str]
     level: int
     as_json: bool
+    said: frozenset[str]  # options that stand on the command line
 
     def run(self) -> None:
         from .applier import apply
@@ -223,6 +237,19 @@ class _Decompose:
             raise UsageError(f"{found}; give exactly one of {', '.join(amounts)}")
         if self.prefix is None and not self.plan_only:
             raise UsageError("-o PREFIX is missing", hint="add -o PREFIX, or --plan-only to write nothing")
+        if self.speedup is None:
+            self._refuse({"scope"}, "only goes with --speedup")
+        else:
+            self._refuse({"even_if_slower"}, "does not go with --speedup, which takes only what is cheaper")
+        if self.plan_file is None:
+            self._refuse({"force"}, "only goes with --plan")
+        if self.ranks is not None or self.rank_config is not None:
+            self._refuse({"round_to"}, "does not go with ranks that are given")
+
+    def _refuse(self, options: set[str], why: str) -> None:
+        """Refuse options that would be ignored."""
+        for name in sorted(options & self.said):
+            raise UsageError(f"--{name.rstrip('_').replace('_', '-')} {why}")
 
     def _plan(self, model: Model, found: Found, spectra: Spectra) -> Plan:
         from caffe_proto.files import read_text
@@ -234,6 +261,8 @@ class _Decompose:
         if self.plan_file is not None:
             plan = Plan.from_json(read_text(self.plan_file), self.plan_file)
             if all(entry.scheme for entry in plan.layers.values()):
+                decided = {"scheme", "fc", "except_", "only", "round_to", "even_if_slower", "style"}
+                self._refuse(decided, "does not go with a plan that says everything")
                 return plan
             config = plan.layers
         elif self.rank_config is not None:
@@ -270,27 +299,8 @@ class _Decompose:
         return [self.net, self.weights, self.rank_config, self.compare, *self.except_, *self.only, *more]
 
     def _write(self, changed: Model, plan: Plan) -> dict[str, str]:
-        """Write everything under temporary names, then rename it all."""
-        from caffe_proto import files
-        from caffe_proto.model import write_weights
-        from caffe_proto.onnx_export import Request, export_onnx
-
-        names = {
-            "prototxt": f"{self.prefix}.prototxt",
-            "caffemodel": f"{self.prefix}.caffemodel",
-            "plan": f"{self.prefix}.plan.json",
-        }
-        if self.onnx:
-            names["onnx"] = f"{self.prefix}.onnx"
-        inputs = self._inputs(self.plan_file if self.plan_file != names["plan"] else None)
-        with files.writing(names.values(), inputs) as temporary:
-            temporary[0].write_bytes(files.text_bytes(changed.net.text))
-            assert changed.weights is not None
-            write_weights(changed.weights, temporary[1], hdf5=False)
-            temporary[2].write_text(plan.to_json())
-            if self.onnx:
-                made = export_onnx(changed, Request(input_shapes=self.input_shapes))
-                temporary[3].write_bytes(made.SerializeToString())
+        names = outputs.names(str(self.prefix), weights=True, onnx=self.onnx)
+        outputs.write(names, changed, plan, self._inputs(), self.plan_file, self.input_shapes)
         return names
 
     def _finish(
@@ -310,9 +320,9 @@ class _Decompose:
         apart = self._apart(written, reference) if reference is not None else {}
         times = self._times(subjects) if subjects else []
         if self.as_json:
-            console.echo_json(_json(report, files, apart, times))
+            console.echo_json(outputs.document(report, files, apart, times))
         else:
-            _print(report, files, apart, times)
+            outputs.show(report, files, apart, times)
 
     def _reference(self, model: Model) -> _Reference:
         """What to feed, given or random, and what the net makes of it."""
@@ -363,78 +373,56 @@ class _Decompose:
         return latency.measure(subjects, Engine(self.threads))
 
 
-def _ratio(pair: tuple[float, float]) -> float:
-    return pair[0] / pair[1] if pair[1] else 1.0
+@cli.command()
+@click.argument("plan_file", metavar="PLAN")
+@net_argument
+@click.argument("weights", required=False)
+@click.option(
+    "-o",
+    "--output",
+    "prefix",
+    required=True,
+    metavar="PREFIX",
+    help="Writes PREFIX.prototxt and PREFIX.plan.json; with WEIGHTS also PREFIX.caffemodel.",
+)
+@click.option(
+    "--scheme",
+    type=click.Choice(["pca", "svd", "kmeans", "spatial"]),
+    default="pca",
+    show_default=True,
+    help='What a bare rank {"conv1": 8} in PLAN means.',
+)
+@click.option(
+    "--style", type=click.Choice(STYLE_NAMES), help="Layer names and rules; default: the plan's own."
+)
+@click.option("--force", is_flag=True, help="Also with other weights than the plan was made for.")
+@input_shape_option
+@state_options
+@json_option
+def apply(
+    plan_file: str, net: str, weights: str | None, prefix: str, scheme: str, style: str | None, force: bool,
+    input_shapes: Any, phase: str, stages: Sequence[str], level: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Carry a PLAN to a sibling of its net, by layer name: to the train_val of the deploy net it was made for.
 
+    param, fillers, lr_mult and phases are kept, so that fine-tuning can start. Without WEIGHTS the structure
+    alone is written. PLAN may be a rank file {"conv1": 8} as older tools write them. Layers that exist in one
+    phase only are found too.
+    """
+    from caffe_proto.files import read_text
 
-def _json(
-    report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]
-) -> dict[str, Any]:
-    speedup: dict[str, Any] = {"macs": _ratio(report.macs), "conv_macs": _ratio(report.conv_macs)}
-    if times:
-        speedup["latency"] = times[0].median / times[1].median
-    layers = [
-        {
-            "name": row.name,
-            "scheme": row.scheme,
-            "ranks": list(row.ranks),
-            "full_rank": row.full_rank,
-            "macs": list(row.macs) if row.macs else None,
-            "error": row.error,
-        }
-        for row in report.rows
-    ]
-    made: dict[str, Any] = {
-        "speedup": speedup,
-        "macs": list(report.macs),
-        "conv_macs": list(report.conv_macs),
-        "params": list(report.params),
-    }
-    made |= {"layers": layers, "kept": report.kept, "files": files}
-    if apart:
-        made["outputs_apart"] = apart
-    if times:
-        made["latency_ms"] = [times[0].median, times[1].median]
-    return made
+    from .applier import apply as carry
+    from .plan import Plan
 
-
-def _print(report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]) -> None:
-    rows = [
-        [
-            row.name,
-            row.scheme,
-            "+".join(map(str, row.ranks)) + (f"/{row.full_rank}" if row.full_rank else ""),
-            *((f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x") if row.macs else "---"),
-            "-" if row.error is None else f"{row.error:.4f}",
-        ]
-        for row in report.rows
-    ]
-    console.table(["layer", "scheme", "rank", "MACs before", "after", "ratio", "error"], rows)
-    if report.rows:
-        click.echo("error: ||W - W'|| / ||W|| of the layer's weights")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in report.kept.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        click.echo(f"kept {', '.join(names)}: {reason}")
-    click.echo()
-    if any(not row.macs for row in report.rows):
-        click.echo(
-            "MACs and parameters behind inputs of unknown shape do not count; give it with --input-shape"
-        )
-    for what, pair in (
-        ("MACs, whole net", report.macs),
-        ("MACs, convolutions", report.conv_macs),
-        ("parameters", report.params),
-    ):
-        click.echo(f"{what:20}{pair[0]:>17,} -> {pair[1]:>15,}  {_ratio(pair):.3f}x")
-    for name, value in apart.items():
-        click.echo(f"output {name}: ||y' - y|| / ||y|| = {value:.4g}")
-    if times:
-        click.echo(
-            f"time, median        {times[0].median:>14.3f} ms -> {times[1].median:>12.3f} ms  {_ratio((times[0].median, times[1].median)):.3f}x"
-        )
-    click.echo("wrote " + ", ".join(files.values()))
+    plan = Plan.from_json(read_text(plan_file), plan_file).completed(scheme, style)
+    model = console.load_model(net, weights, phase, stages, level)
+    changed, report = carry(plan, model, force=force, sibling=True, input_shapes=input_shapes)
+    names = outputs.names(prefix, weights=weights is not None, onnx=False)
+    outputs.write(names, changed, plan, [net, weights], plan_file, input_shapes)
+    if as_json:
+        console.echo_json(outputs.document(report, names, {}, []))
+    else:
+        outputs.show(report, names, {}, [])
 
 
 @cli.command()

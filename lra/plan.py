@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from caffe_proto.errors import PlanError
@@ -89,3 +89,12 @@ class Plan(BasePlan[LayerPlan]):
             )
         except PlanError as error:
             raise error.at(path=path) from None
+
+    def completed(self, scheme: str, style: str | None) -> Plan:
+        """The plan with a scheme for every bare rank and, where given, another style."""
+        layers = {
+            name: entry if entry.scheme else replace(entry, scheme=scheme)
+            for name, entry in self.layers.items()
+        }
+        target = self.target | ({"style": style} if style is not None else {})
+        return Plan(layers, self.kept, target, self.net, self.weights)

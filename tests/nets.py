@@ -14,7 +14,7 @@ from caffe_proto.graph import build
 from caffe_proto.model import Model, write_weights
 from caffe_proto.runtime import session
 from caffe_proto.shape_inference import infer
-from caffe_proto.weights import V1, V2, NewEntry, Weights
+from caffe_proto.weights import V1, V2, Blobs, NewEntry, Weights
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}")
@@ -144,6 +144,12 @@ def apart(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> fl
     """The largest difference over the blobs of both, relative to the blob's largest magnitude."""
     assert left.keys() == right.keys()
     return max(float(np.abs(left[name] - right[name]).max() / np.abs(left[name]).max()) for name in left)
+
+
+def stored(one: Model) -> Mapping[str, Blobs]:
+    """The weights of a model that has some."""
+    assert one.weights is not None
+    return one.weights
 
 
 def embedded(path: str | Path) -> dict[str, Any]:

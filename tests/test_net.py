@@ -36,7 +36,7 @@ def only(source: str) -> Layer:
 def test_dialects(source: str, dialect: str, kind: str) -> None:
     text = f'name: "N"\n\n{source}\n'
     parsed = net.parse(text, "x.prototxt")
-    (layer,) = parsed.layers
+    (layer,) = parsed.all_layers
     assert (parsed.dialect, parsed.name, parsed.path, parsed.text) == (dialect, "N", "x.prototxt", text)
     assert (layer.name, layer.type, layer.bottoms, layer.tops) == ("c", kind, ("a",), ("b", "d"))
     assert (layer.dialect, layer.line, text[slice(*layer.span)]) == (dialect, 3, source)

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.skipif(
     not ORACLE.is_dir(), reason="no ../shared/oracle with what real Caffe computed"
 )
 
-V0 = pytest.mark.xfail(strict=True, reason="V0 nets are not upgraded yet")
 RUN_TIME_SHAPES = {"filter": {"out"}}  # only a forward pass knows how many items remain
 
 # A word of the cause, for each net that real Caffe refuses.
@@ -65,10 +64,6 @@ def _names(folder: str) -> list[str]:
     return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
 
 
-def _cases() -> list[Any]:
-    return [pytest.param(name, marks=V0 if name.startswith("v0") else ()) for name in _names("cases")]
-
-
 def _case(name: str) -> tuple[Model, dict[str, Any], dict[str, np.ndarray]]:
     """A case's model in its state, its io.json, and the arrays of io.npz."""
     folder = ORACLE / "cases" / name
@@ -92,12 +87,12 @@ def _worst(name: str) -> float:
     return max(error(made[blob], arrays[blob]) for blob in io["blobs"])
 
 
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", _names("cases"))
 def test_every_blob_is_that_of_caffe(name: str) -> None:
     assert _worst(name) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", _names("cases"))
 def test_shapes_are_those_of_caffe(name: str) -> None:
     loaded, io, _ = _case(name)
     open_ = RUN_TIME_SHAPES.get(name, set())
@@ -106,7 +101,7 @@ def test_shapes_are_those_of_caffe(name: str) -> None:
     assert all(told[blob] == shape for blob, shape in io["blobs"].items() if blob not in open_)
 
 
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", _names("cases"))
 def test_learnt_blobs_are_those_of_caffe(name: str) -> None:
     loaded, io, _ = _case(name)
     shaped = infer(graph.build(loaded.net))
@@ -120,7 +115,7 @@ def test_learnt_blobs_are_those_of_caffe(name: str) -> None:
 
 def test_summary(record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]) -> None:
     """How many cases pass, and the worst error of all; printed even without -s."""
-    found = {name: _worst(name) for name in _names("cases") if not name.startswith("v0")}
+    found = {name: _worst(name) for name in _names("cases")}
     passed = sum(worst <= TOLERANCE for worst in found.values())
     name = max(found, key=lambda one: found[one])
     record_property("oracle_passed", passed)

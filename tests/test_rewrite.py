@@ -259,6 +259,13 @@ def test_v1_stays_v1(tmp_path: Path) -> None:
     assert cp.load(tmp_path / "new.prototxt").net.dialect == "V1"
 
 
+def test_v1_can_be_changed_twice(tmp_path: Path) -> None:
+    model = cp.load(*nets.files(tmp_path, V1))
+    twice = apply(apply(model, {"conv1": ("spatial", 9)}), {"ip": ("pca", 10)})
+    feeds = nets.random_feeds(model)
+    assert nets.apart(nets.forward(model, feeds), nets.forward(twice, feeds)) < 2e-5
+
+
 def test_untouched_layers_stay_byte_for_byte(tmp_path: Path) -> None:
     model = cp.load(*nets.files(tmp_path))
     old_text, old_bytes = model.net.text, (tmp_path / "net.caffemodel").read_bytes()

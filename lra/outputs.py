@@ -1,0 +1,129 @@
+"""What decompose and apply write, and how they report it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from caffe_proto import console, files
+
+if TYPE_CHECKING:
+    from caffe_proto.latency import Timing
+    from caffe_proto.model import Model
+    from caffe_proto.shape_inference import InputShapes
+
+    from .applier import Report
+    from .plan import Plan
+
+
+def names(prefix: str, *, weights: bool, onnx: bool) -> dict[str, str]:
+    """The files of a PREFIX by kind."""
+    found = {"prototxt": f"{prefix}.prototxt"}
+    found |= {"caffemodel": f"{prefix}.caffemodel"} if weights else {}
+    found |= {"plan": f"{prefix}.plan.json"}
+    return found | ({"onnx": f"{prefix}.onnx"} if onnx else {})
+
+
+def write(
+    targets: dict[str, str],
+    model: Model,
+    plan: Plan,
+    inputs: Sequence[str | None],
+    plan_file: str | None,
+    shapes: InputShapes,
+) -> None:
+    """Write everything under temporary names, then rename it all; no input is overwritten.
+
+    ``plan_file``, the plan that was read, may be written again where that changes nothing in it.
+    """
+    from caffe_proto.model import write_weights
+    from caffe_proto.onnx_export import Request, export_onnx
+
+    same = plan_file is not None and files.read_text(plan_file) == plan.to_json()
+    with files.writing(targets.values(), [*inputs, None if same else plan_file]) as opened:
+        temporary = dict(zip(targets, opened, strict=True))
+        temporary["prototxt"].write_bytes(files.text_bytes(model.net.text))
+        temporary["plan"].write_text(plan.to_json())
+        if "caffemodel" in temporary and model.weights is not None:
+            write_weights(model.weights, temporary["caffemodel"], hdf5=False)
+        if "onnx" in temporary:
+            made = export_onnx(model, Request(input_shapes=shapes))
+            temporary["onnx"].write_bytes(made.SerializeToString())
+
+
+def _ratio(pair: tuple[float, float]) -> float:
+    return pair[0] / pair[1] if pair[1] else 1.0
+
+
+def document(
+    report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]
+) -> dict[str, Any]:
+    """The report as one JSON document."""
+    speedup: dict[str, Any] = {"macs": _ratio(report.macs), "conv_macs": _ratio(report.conv_macs)}
+    if times:
+        speedup["latency"] = times[0].median / times[1].median
+    layers = [
+        {
+            "name": row.name,
+            "scheme": row.scheme,
+            "ranks": list(row.ranks),
+            "full_rank": row.full_rank,
+            "macs": list(row.macs) if row.macs else None,
+            "error": row.error,
+        }
+        for row in report.rows
+    ]
+    made: dict[str, Any] = {
+        "speedup": speedup,
+        "macs": list(report.macs),
+        "conv_macs": list(report.conv_macs),
+        "params": list(report.params),
+    }
+    made |= {"layers": layers, "kept": report.kept, "files": files}
+    if apart:
+        made["outputs_apart"] = apart
+    if times:
+        made["latency_ms"] = [times[0].median, times[1].median]
+    return made
+
+
+def show(report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]) -> None:
+    """Print the report: a row a layer, what was kept and why, totals, and what was written."""
+    rows = [
+        [
+            row.name,
+            row.scheme,
+            "+".join(map(str, row.ranks)) + (f"/{row.full_rank}" if row.full_rank else ""),
+            *((f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x") if row.macs else "---"),
+            "-" if row.error is None else f"{row.error:.4f}",
+        ]
+        for row in report.rows
+    ]
+    console.table(["layer", "scheme", "rank", "MACs before", "after", "ratio", "error"], rows)
+    if any(row.error is not None for row in report.rows):
+        click.echo("error: ||W - W'|| / ||W|| of the layer's weights")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in report.kept.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        click.echo(f"kept {', '.join(names)}: {reason}")
+    click.echo()
+    if any(not row.macs for row in report.rows):
+        click.echo(
+            "MACs and parameters behind inputs of unknown shape do not count; give it with --input-shape"
+        )
+    for what, pair in (
+        ("MACs, whole net", report.macs),
+        ("MACs, convolutions", report.conv_macs),
+        ("parameters", report.params),
+    ):
+        click.echo(f"{what:20}{pair[0]:>17,} -> {pair[1]:>15,}  {_ratio(pair):.3f}x")
+    for name, value in apart.items():
+        click.echo(f"output {name}: ||y' - y|| / ||y|| = {value:.4g}")
+    if times:
+        click.echo(
+            f"time, median        {times[0].median:>14.3f} ms -> {times[1].median:>12.3f} ms  {_ratio((times[0].median, times[1].median)):.3f}x"
+        )
+    click.echo("wrote " + ", ".join(files.values()))
