@@ -26,12 +26,12 @@ def bind(shaped: Shaped, weights: Weights | None) -> dict[int, Arrays]:
     stored: dict[_Key, np.ndarray] = {}
     wanted = _wanted(shaped)
     by_name = _by_name(shaped, wanted)
-    trouble: list[str] = []
+    trouble: dict[str, str] = {}
     if weights is not None:
         for name in weights:
             for index in by_name.get(name, ()):
                 _store(shaped, index, wanted[index], weights[name], stored, trouble)
-    _complain(shaped, weights, trouble, "")
+    _complain(shaped, weights, trouble)
     missing = [
         shaped.graph.nodes[index].name
         for index, shapes in wanted.items()
@@ -40,8 +40,7 @@ def bind(shaped: Shaped, weights: Weights | None) -> dict[int, Arrays]:
     if missing:
         some = ", ".join(f'"{name}"' for name in missing[:4]) + (", ..." if len(missing) > 4 else "")
         there = "holds no weights for" if weights is not None else "there are no weights for"
-        text_ = f"{there} {len(missing)} of the {len(wanted)} learnt layers: {some}"
-        _complain(shaped, weights, [text_], "")
+        _complain(shaped, weights, {"": f"{there} {len(missing)} of the {len(wanted)} learnt layers: {some}"})
     return {
         index: tuple(stored[_key(shaped, index, i)].reshape(shape) for i, shape in enumerate(shapes))
         for index, shapes in wanted.items()
@@ -100,15 +99,15 @@ def _store(
     shapes: Shapes,
     blobs: Arrays,
     stored: dict[_Key, np.ndarray],
-    trouble: list[str],
+    trouble: dict[str, str],
 ) -> None:
     name = shaped.graph.nodes[index].name
     if len(blobs) != len(shapes):
-        trouble.append(f'layer "{name}" learns {len(shapes)} blobs, stored are {len(blobs)}')
+        trouble[name] = f'layer "{name}" learns {len(shapes)} blobs, stored are {len(blobs)}'
         return
     for i, (array, shape) in enumerate(zip(blobs, shapes, strict=True)):
         if not fits(array.shape, shape):
-            trouble.append(f'layer "{name}" wants {text(shape)} for blob {i}, stored is {text(array.shape)}')
+            trouble[name] = f'layer "{name}" wants {text(shape)} for blob {i}, stored is {text(array.shape)}'
             return
         stored[_key(shaped, index, i)] = array
 
@@ -120,9 +119,13 @@ def fits(stored: Shape, shape: Shape) -> bool:
     )
 
 
-def _complain(shaped: Shaped, weights: Weights | None, trouble: list[str], hint: str) -> None:
-    if trouble:
-        more = f" (and {len(trouble) - 1} more)" if len(trouble) > 1 else ""
-        net = shaped.graph.path or "the net"
-        hint = hint or f"give the weights that were trained with {net}"
-        raise WeightsError(trouble[0] + more, path=weights.path if weights else net, hint=hint)
+def _complain(shaped: Shaped, weights: Weights | None, trouble: dict[str, str]) -> None:
+    """Raise what the first layer in trouble has, and name the others."""
+    if not trouble:
+        return
+    (_, first), *others = trouble.items()
+    names = ", ".join(f'"{name}"' for name, _ in others[:3]) + (", ..." if len(others) > 3 else "")
+    more = f" (and {len(others)} more: {names})" if others else ""
+    net = shaped.graph.path or "the net"
+    hint = f"give the weights that were trained with {net}"
+    raise WeightsError(first + more, path=weights.path if weights else net, hint=hint)

@@ -17,149 +17,20 @@ import numpy as np
 
 from .binding import bind
 from .costs import LayerCost, cost
-from .errors import NetError, UsageError
+from .errors import UsageError
 from .graph import Graph, Value, build
 from .layers.ends import SourceParams
 from .layers.shape import VIEW
 from .layers.spec import Arrays, Shape, text
+from .meaning import Fields, Meaning, Settings, differences
 from .model import Model
-from .net import Layer, nearest
+from .net import nearest
 from .shape_inference import InputShapes, Shaped, infer
-from .typed import FieldInfo, Typed, field_info, is_harmless
 
-Settings = dict[str, str]
 Kernel = tuple[np.ndarray, int]  # (out, in/group, kh, kw) and the number of groups
 Recompose = Callable[[Sequence[Kernel]], np.ndarray]  # the one kernel that a chain computes
-Fields = dict[str, tuple[str, str]]  # field -> (in a, in b)
 
 LINEAR = ("Convolution", "InnerProduct")
-
-# What is compared elsewhere (wiring, param settings of V1), or says nothing of what a layer computes in TEST.
-_ELSEWHERE = {"name", "type", "bottom", "top", "blobs", "layer"}
-_V1_LISTS = {"blobs_lr", "weight_decay", "param", "blob_share_mode"}
-_TRAINING = {
-    "include", "exclude", "phase", "loss_weight", "loss_param", "propagate_down", "transform_param",
-    "dropout_param", "moving_average_fraction", "engine", "lr_mult", "decay_mult", "share_mode",
-}  # fmt: skip
-_PAIRS = {
-    "kernel_size": ("kernel", ""),
-    "stride": ("stride", "1"),
-    "pad": ("pad", "0"),
-    "dilation": ("dilation", "1"),
-}
-_RULES = {"phase", "min_level", "max_level"}  # given or not is what counts
-_NO_VALUE = "-"
-
-
-@dataclass
-class Meaning:
-    """A layer's settings that are not the default, by dotted name: those that count in TEST, and the others.
-
-    ``defaults`` holds what each of them would be if it were not given.
-    """
-
-    phase: str = "TEST"
-    counting: Settings = field(default_factory=dict)
-    training: Settings = field(default_factory=dict)
-    defaults: Settings = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, layer: Layer, phase: str) -> Meaning:
-        """Read a layer by the schema of its dialect."""
-        name = "V1LayerParameter" if layer.dialect == "V1" else "LayerParameter"
-        made = cls(phase)
-        made._message(Typed(layer.message, name, layer.document), "", False)
-        if layer.dialect == "V1":
-            made._v1_params(layer)
-        if layer.type == "BatchNorm":  # its blobs are never learnt, whatever rates the file gives them
-            made.training = {
-                path: value for path, value in made.training.items() if not path.startswith("param[")
-            }
-        return made
-
-    def _message(self, typed: Typed, prefix: str, training: bool) -> None:
-        known = field_info(typed.type_name)
-        skipped = (
-            set() if prefix else _ELSEWHERE | (_V1_LISTS if typed.type_name == "V1LayerParameter" else set())
-        )
-        skipped |= self._pairs(typed, known, prefix)
-        for name in typed:
-            if name in skipped:
-                continue
-            inner = training or name in _TRAINING or (name != "name" and is_harmless(typed.type_name, name))
-            path = _path(prefix, name)
-            values = _values(typed, name)
-            for i, value in enumerate(values):
-                if isinstance(value, Typed):
-                    self._message(value, f"{path}[{i}]." if known[name].repeated else f"{path}.", inner)
-            plain = " ".join(_text(value) for value in values if not isinstance(value, Typed))
-            if plain:
-                self.note(path, plain, self._default(name, known.get(name)), inner)
-
-    def note(self, path: str, value: str, default: str, training: bool) -> None:
-        """Keep a setting that is not its default."""
-        if value != default:
-            (self.training if training else self.counting)[path] = value
-            self.defaults[path] = default
-
-    def _default(self, name: str, info: FieldInfo | None) -> str:
-        if name == "use_global_stats":
-            return _text(self.phase == "TEST")
-        if info is None or info.default is None or name in _RULES:
-            return _NO_VALUE
-        return _text(info.default) or _NO_VALUE
-
-    def _pairs(self, typed: Typed, known: Mapping[str, FieldInfo], prefix: str) -> set[str]:
-        """Settings with an _h and a _w spelling, as ``5x1``, or ``5`` where all axes agree; the names they took."""
-        taken: set[str] = set()
-        for name, (stem, default) in _PAIRS.items():
-            names = (f"{stem}_h", f"{stem}_w")
-            if name not in known or not any(one in typed for one in (name, *names)):
-                continue
-            taken |= {name, *names}
-            split = any(one in typed for one in names)
-            values = [_text(value) for one in (names if split else [name]) for value in _values(typed, one)]
-            shown = "x".join(values) if len(set(values)) > 1 else values[0]
-            self.note(_path(prefix, name), shown, default, False)
-        return taken
-
-    def _v1_params(self, layer: Layer) -> None:
-        """V1's lists of rates and shared names, as V2 says it."""
-        for i, spec in enumerate(layer.param_specs):
-            if spec.name:
-                self.note(f"param[{i}].name", spec.name, _NO_VALUE, False)
-            self.note(f"param[{i}].lr_mult", _text(spec.lr_mult), "1", True)
-            self.note(f"param[{i}].decay_mult", _text(spec.decay_mult), "1", True)
-            self.note(f"param[{i}].share_mode", "PERMISSIVE" if spec.permissive else "STRICT", "STRICT", True)
-
-
-def _path(prefix: str, name: str) -> str:
-    """``num_output`` for ``convolution_param.num_output``: a layer has one block of its own."""
-    own, _, rest = prefix.partition(".")
-    return f"{rest if own.endswith('_param') and own != 'transform_param' else prefix}{name}"
-
-
-def _values(typed: Typed, name: str) -> list[Any]:
-    """The values of a field; what the schema does not know, or not so, as it stands."""
-    try:
-        value = typed[name]
-    except (KeyError, NetError):
-        found = typed.message.all(name) if typed.message else ()
-        return [" ".join(typed.document.text[one.value.start : one.value.end].split()) for one in found]
-    return list(value) if isinstance(value, tuple) else [value]
-
-
-def _text(value: Any) -> str:
-    """A value as it is shown and compared; Caffe keeps numbers in float32."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(np.float32(value)).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _differences(a: Settings, b: Settings, defaults: Settings) -> Fields:
-    """The settings that differ; what one side does not give has its default."""
-    found = {name: (a.get(name, defaults[name]), b.get(name, defaults[name])) for name in (*a, *b)}
-    return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,18 +57,18 @@ class Part:
         found = self.settings.get(name)
         if found is None:
             return default, default
-        values = [int(one) for one in found.split("x")]
+        values = [_whole(one) for one in found.split("x")]
         return values[0], values[-1]
 
     @property
     def num_output(self) -> int:
         """The outputs of a linear layer."""
-        return int(self.settings.get("num_output", 0))
+        return _whole(self.settings.get("num_output", ""))
 
     @property
     def group(self) -> int:
         """The groups of a convolution; 1 for a fully connected layer."""
-        return int(self.settings.get("group", 1))
+        return _whole(self.settings.get("group", "1"))
 
     @property
     def size(self) -> str:
@@ -211,6 +82,11 @@ class Part:
             weight = weight.T if self.settings.get("transpose") == "true" else weight
             return weight[:, :, None, None], 1
         return weight, self.group
+
+
+def _whole(value: str) -> int:
+    """A number of a file; 0 for what is none, in a layer that Caffe would refuse."""
+    return int(value) if value.isdigit() else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -657,7 +533,7 @@ class _Comparison:
         fields = (_fields(a[0], b[0]) if single else _bias(a[-1], b[-1])) | self._wiring(a, b)
         before, after = a[0].meaning, b[0].meaning
         training = (
-            _differences(before.training, after.training, before.defaults | after.defaults) if single else {}
+            differences(before.training, after.training, before.defaults | after.defaults) if single else {}
         )
         weights = self._weights(a, b) if self.weighed else None
         status = pair.status
@@ -694,7 +570,7 @@ class _Comparison:
 def _fields(a: Part, b: Part) -> Fields:
     own = {"name": (a.name, b.name), "type": (a.type, b.type)}
     differing = {name: pair for name, pair in own.items() if pair[0] != pair[1]}
-    return differing | _differences(a.settings, b.settings, a.meaning.defaults | b.meaning.defaults)
+    return differing | differences(a.settings, b.settings, a.meaning.defaults | b.meaning.defaults)
 
 
 def _bias(a: Part, b: Part) -> Fields:

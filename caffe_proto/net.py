@@ -179,7 +179,7 @@ class Net:
     @cached_property
     def full_state(self) -> NetState:
         """``state`` joined, as Caffe does, with the stages that the file's own ``state`` block names."""
-        own = self.upgraded.document.root.last("state")
+        own = self.document.root.last("state")
         stages = own.value.strings("stage") if own and isinstance(own.value, Message) else ()
         return NetState(self.state.phase, (*stages, *self.state.stages), self.state.level)
 

@@ -140,7 +140,6 @@ def _fold_splits(layers: Sequence[Any]) -> list[Any]:
         layer.bottom[:] = bottoms
         for index, top in enumerate(layer.top):
             writers[top] = (layer.name, index)
-            renamed.pop(top, None)
     return found
 
 

@@ -119,7 +119,8 @@ def show(report: Report, files: dict[str, str], apart: dict[str, float], times: 
         ("MACs, convolutions", report.conv_macs),
         ("parameters", report.params),
     ):
-        click.echo(f"{what:20}{pair[0]:>17,} -> {pair[1]:>15,}  {_ratio(pair):.3f}x")
+        if pair[0]:
+            click.echo(f"{what:20}{pair[0]:>17,} -> {pair[1]:>15,}  {_ratio(pair):.3f}x")
     for name, value in apart.items():
         click.echo(f"output {name}: ||y' - y|| / ||y|| = {value:.4g}")
     if times:

@@ -296,6 +296,11 @@ def test_input_shapes() -> None:
         diff(a, b, {"date": (1, 3, 12, 12)})
 
 
+def test_settings_that_are_no_numbers_are_compared_as_they_stand() -> None:
+    row = edited("num_output: 4", "num_output: many")["conv"]
+    assert (row.status, row.summary()) == ("changed", "num_output: 4 -> many")
+
+
 def test_command_on_a_decomposed_lenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = load(LENET / "lenet.prototxt", LENET / "lenet.caffemodel")
     after, _ = lra.apply(lra.make_plan(before, scheme="spatial", energy=0.8), before)

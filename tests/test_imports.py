@@ -24,7 +24,7 @@ ORDER = (
     caffe_proto.layers
     caffe_proto.preprocess caffe_proto.graph
     caffe_proto.shape_inference caffe_proto.costs caffe_proto.binding caffe_proto.rewrite caffe_proto.plan
-    caffe_proto.deploy caffe_proto.diff
+    caffe_proto.deploy caffe_proto.meaning caffe_proto.diff
     caffe_proto.onnx_export
     caffe_proto.runtime caffe_proto.latency
     caffe_proto

@@ -188,6 +188,11 @@ def test_settings_of_blobs_given_as_lists() -> None:
     assert steps(source)[0] == wanted
 
 
+def test_a_list_has_one_comment() -> None:
+    made, _ = steps("layers {\n  type: 4\n  blobs_lr: [1, 2]  # both\n}\n")
+    assert made.count("# both") == 1
+
+
 def test_blocks_given_as_a_list() -> None:
     source = 'layers: [ { name: "a" type: SPLIT }, { name: "b" type: NONE } ]'
     assert steps(source)[0] == 'layer: [ { name: "a" type: "Split" }, { name: "b" type: "" } ]'
@@ -566,6 +571,14 @@ def test_a_v0_net_is_seen_as_v2() -> None:
     assert parsed.upgraded.upgraded is parsed.upgraded
 
 
+def test_input_shape_is_nothing_to_a_v0_net() -> None:
+    """The first upgrade drops it, so Caffe never sees it."""
+    legacy = net.parse(f"input_shape {{ dim: 7 }} {V0}").legacy_input
+    assert legacy is not None and legacy.document.text.split() == (
+        "input_param { shape { dim: 1 dim: 2 dim: 5 dim: 5 } }".split()
+    )
+
+
 def test_errors_in_a_v0_net_name_the_line_of_the_file() -> None:
     node = graph.build(net.parse(V0, "old.prototxt")).nodes[1]
     assert str(node.problem).startswith(
@@ -677,8 +690,16 @@ def test_data_layers_of_caffemodels(tmp_path: Path) -> None:
     assert message("NetParameter", upgraded_weights(path)[0]) == as_message(wanted)
 
 
+def test_data_fields_of_caffemodels_overrule_an_old_transform_param(tmp_path: Path) -> None:
+    path = tmp_path / "w.caffemodel"
+    source = "layers { type: IMAGE_DATA transform_param { scale: 3 mirror: true } image_data_param { scale: 0.1 } }"
+    path.write_bytes(v1_definition(source))
+    made = message("NetParameter", upgraded_weights(path)[0]).layer[0].transform_param
+    assert (made.scale, made.mirror) == (np.float32(0.1), True)
+
+
 def test_old_batch_norm_of_caffemodels(tmp_path: Path) -> None:
-    untouched = v2_layer("c", blob(np.ones(3, "<f4")))
+    untouched = wire.encode_bytes(100, wire.encode_bytes(2, b"X") + wire.encode_bytes(1, b"c"))  # type first
     norm = 'layer { name: "b" type: "BatchNorm" param { } param { } param { } batch_norm_param { eps: 0.5 } }'
     path = tmp_path / "w.caffemodel"
     path.write_bytes(untouched + v1_definition(norm))
