@@ -434,7 +434,7 @@ def demo(folder: str, threads: int) -> None:
     """Try everything on a small trained net that comes with the program: LeNet, trained by this project."""
     from .demo import run
 
-    run(Path(folder), threads)
+    run(Path(folder), threads, main)
 
 
 for _command in CAFFE_COMMANDS:

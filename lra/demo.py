@@ -31,10 +31,11 @@ def net_files() -> tuple[Path, Path]:
     raise FileError("the demo's net is not installed", path=here / "lenet", hint="install the package again")
 
 
-def run(folder: Path, threads: int) -> None:
-    """Copy the net into ``folder`` and show info, decompose, ONNX and timing as the commands they are."""
-    from .cli import main
+Main = Callable[[Sequence[str]], int]
 
+
+def run(folder: Path, threads: int, main: Main) -> None:
+    """Copy the net into ``folder`` and show info, decompose, ONNX and timing as the commands they are, run by ``main``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         net, weights = (shutil.copyfile(path, folder / path.name) for path in net_files())
@@ -51,7 +52,7 @@ def run(folder: Path, threads: int) -> None:
     _compare(before, after, threads)
 
 
-def _show(main: Callable[[Sequence[str]], int], command: Sequence[str]) -> None:
+def _show(main: Main, command: Sequence[str]) -> None:
     click.secho("$ caffe-lra " + " ".join(command), bold=True)
     status = main(command)
     click.echo()

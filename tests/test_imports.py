@@ -32,7 +32,7 @@ ORDER = (
     lra.planner lra.applier
     lra
     caffe_proto.console caffe_proto.cli
-    lra.demo lra.cli lra.__main__
+    lra.demo lra.outputs lra.cli lra.__main__
     hrank
     """
 ).split()
