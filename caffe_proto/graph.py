@@ -17,6 +17,7 @@ from .layers import LAYERS
 from .layers.shape import VIEW
 from .layers.spec import LayerSpec, Request
 from .net import Layer, Net, nearest
+from .text import Message
 from .typed import Typed, check
 
 
@@ -159,7 +160,8 @@ class _Builder:
             )
         if blob.version != blob.memory.version:
             like = self.nodes[blob.value.node].layer
-            view = replace(like, name=f"{name}{VIEW}", type=VIEW, bottoms=(), tops=(name,))
+            empty = Message((), *like.span)
+            view = replace(like, name=f"{name}{VIEW}", type=VIEW, bottoms=(), tops=(name,), message=empty)
             self.nodes.append(Node(view, (blob.memory.written, blob.value), LAYERS[VIEW], None, None))
             blob.value, blob.version = Value(len(self.nodes) - 1, 0), blob.memory.version
         return blob.value

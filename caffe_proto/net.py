@@ -14,10 +14,11 @@ from pathlib import Path
 
 from . import files, text, upgrade
 from .errors import NetError, PrototxtError, UsageError
-from .text import Document, Field, Message
+from .text import Document, Field, Message, Scalar
 from .upgrade import V1_TYPES as V1_TYPES
 
 _LAYER_FIELDS = {"V2": "layer", "V1": "layers", "V0": "layers"}
+_CANDIDATES, _LONGEST = 1000, 200  # how many names, and of which length, a misspelt one is compared with
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,9 @@ class Net:
             return None
         first = next(root.all("input"))
         line = document.line(first.start)
-        shapes = [shape.strings("dim") for shape in root.messages("input_shape")]
+        shapes = [_raw(shape, "dim") for shape in root.messages("input_shape")]
         if not shapes:
-            dims = root.strings("input_dim")
+            dims = _raw(root, "input_dim")
             if len(dims) % 4:
                 raise NetError(
                     f"{len(dims)} input_dim values; Caffe takes four for each input",
@@ -255,11 +256,17 @@ class Net:
         )
 
 
+def _raw(message: Message, name: str) -> tuple[str, ...]:
+    """The scalar values of that name as they stand, strings in their quotes."""
+    return tuple(found.value.text for found in message.all(name) if isinstance(found.value, Scalar))
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint that names the known names closest to a misspelt one."""
+    """A hint that names the known names closest to a misspelt one, among the last of them."""
     from difflib import get_close_matches
 
-    close = get_close_matches(name, known, n=3)
+    candidates = [one for one in known[-_CANDIDATES:] if len(one) <= _LONGEST]
+    close = get_close_matches(name, candidates, n=3) if len(name) <= _LONGEST else []
     if close:
         return "did you mean " + " or ".join(f'"{one}"' for one in close) + "?"
     return "known: " + ", ".join(known[:8]) + (" ..." if len(known) > 8 else "")

@@ -17,9 +17,9 @@ from .errors import PrototxtError
 
 _TOKEN = re.compile(
     r"""
-      (?P<skip>   (?:[ \t\r\n\f\v\ufeff]+|\#[^\n]*)+ )
-    | (?P<string> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' )
-    | (?P<number> (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[fF]?(?![\w.]) | 0[xX][0-9a-fA-F]+(?!\w) )
+      (?P<skip>   (?:[ \t\r\n\f\v\ufeff]++|\#[^\n]*+)++ )
+    | (?P<string> "[^"\\\n]*+(?:\\.[^"\\\n]*+)*+" | '[^'\\\n]*+(?:\\.[^'\\\n]*+)*+' )
+    | (?P<number> (?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?[fF]?(?![\w.]) | 0[xX][0-9a-fA-F]++(?!\w) )
     | (?P<name>   [A-Za-z_][\w]* )
     | (?P<punct>  [{}<>\[\]:;,\-./] )
     """,
@@ -33,6 +33,8 @@ _SIMPLE_ESCAPES = {
     b"\\": b"\\", b"'": b"'", b'"': b'"', b"?": b"?",
 }  # fmt: skip
 _CLOSING = {"{": "}", "<": ">"}
+_DEEPEST = 100  # blocks within blocks; protobuf's binary reader stops there too, and nets need six
+_CONFLICT = re.compile(r"^(?:<{7}|={7}|>{7})(?![<=>])", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ def _unescape(text: str) -> bytes:
 def _encoded(point: int) -> bytes:
     """A code point in UTF-8; the replacement character for one that does not exist."""
     return chr(point if point < 0x110000 else 0xFFFD).encode("utf-8", "replace")
+
+
+def _is_control(character: str) -> bool:
+    """Whether a character stands in binary files only."""
+    return character < " " and character not in "\t\n\v\f\r"
 
 
 def integer(raw: str) -> int:
@@ -160,6 +167,7 @@ class _Reader:
         self.tokens = self._scan()
         self.token = next(self.tokens)
         self.previous_end = 0
+        self.depth = 0
 
     def fail(self, message: str, offset: int) -> PrototxtError:
         return PrototxtError(message, path=self.path, line=self.text.count("\n", 0, offset) + 1)
@@ -183,7 +191,8 @@ class _Reader:
         if character in "\"'":
             return "a string is not closed on its line"
         if character == "\0" or not character.isprintable():
-            return f"found the byte {character!r}, not text; is this a prototxt?"
+            more = "; this is a binary file, try: caffe-lra recover" if _is_control(character) else ""
+            return f"found the byte {character!r}, not text; is this a prototxt?{more}"
         return f"unexpected {self.text[position : position + 20].split()[0]!r}"
 
     def take(self) -> _Token:
@@ -253,7 +262,11 @@ class _Reader:
 
     def message(self) -> Message:
         opening = self.take()
+        if self.depth == _DEEPEST:
+            raise PrototxtError("blocks are nested too deeply to be a net", path=self.path)
+        self.depth += 1
         fields = self.fields(_CLOSING[opening.text], opening.start)
+        self.depth -= 1
         end = self.take().start
         return Message(fields, opening.end, end)
 
@@ -291,10 +304,17 @@ def parse(text: str, path: object = None) -> Document:
     """Read a file's text; raises PrototxtError with file and line where it is not text format."""
     name = None if path is None else str(path)
     try:
-        reader = _Reader(text, name)
-        return Document(text, Message(reader.fields("", 0), 0, len(text)), name)
-    except RecursionError:
-        raise PrototxtError("blocks are nested too deeply to be a net", path=name) from None
+        return Document(text, Message(_Reader(text, name).fields("", 0), 0, len(text)), name)
+    except PrototxtError:
+        if mark := _CONFLICT.search(text):
+            line = text.count("\n", 0, mark.start()) + 1
+            raise PrototxtError(
+                f"here stands {mark.group()!r}, the mark of a merge conflict that nobody resolved",
+                path=name,
+                line=line,
+                hint="keep one of the two sides",
+            ) from None
+        raise
 
 
 @dataclass(frozen=True, order=True, slots=True)
