@@ -26,7 +26,7 @@ ORDER = (
     caffe_proto.shape_inference caffe_proto.costs caffe_proto.binding caffe_proto.rewrite caffe_proto.plan
     caffe_proto.deploy caffe_proto.meaning caffe_proto.diff
     caffe_proto.onnx_export
-    caffe_proto.runtime caffe_proto.latency
+    caffe_proto.runtime caffe_proto.latency caffe_proto.segments
     caffe_proto
     lra.plan lra.targets lra.styles
     lra.planner lra.applier
@@ -39,7 +39,7 @@ ORDER = (
 
 # Packages that only these modules may import, wherever in the file: what the main job must not wait for.
 CONFINED = {
-    "onnxruntime": {"caffe_proto.runtime", "caffe_proto.latency", "caffe_proto.cli"},
+    "onnxruntime": {"caffe_proto.runtime", "caffe_proto.latency", "caffe_proto.segments", "caffe_proto.cli"},
     "onnx": {"caffe_proto.onnx_export"},
     "torch": set(),
 }
