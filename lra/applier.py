@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from caffe_proto.costs import cost as count
 from caffe_proto.errors import PlanError, UsageError
@@ -15,8 +16,11 @@ from caffe_proto.rewrite import Namer, Replace
 from caffe_proto.rewrite import apply as rewrite
 from caffe_proto.shape_inference import InputShapes, infer
 
+from .calibration import Calibration
 from .decomposition import Step, StepShape
+from .fitting import fit_layers
 from .plan import LayerPlan, Plan
+from .responses import Fitted
 from .schemes import SCHEMES
 from .styles import STYLES, new_layers, renamed_tops
 from .targets import Found, Spectra, Target, find
@@ -24,7 +28,11 @@ from .targets import Found, Spectra, Target, find
 
 @dataclass(frozen=True)
 class Row:
-    """One decomposed layer: MACs before and after (None where shapes are unknown), ``||W - W'|| / ||W||`` (None without weights)."""
+    """One decomposed layer: MACs before and after (None where shapes are unknown), and the error.
+
+    ``error`` is ``||W - W'|| / ||W||`` of the weights, or, where ``error_of`` is "responses", the same of
+    held-out responses behind activation and shortcut; None without weights.
+    """
 
     name: str
     scheme: str
@@ -32,6 +40,7 @@ class Row:
     full_rank: int | None
     macs: tuple[int, int] | None
     error: float | None
+    error_of: str = "weights"
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ def apply(
     plan: Plan,
     model: Model,
     *,
+    images: Any = None,
     force: bool = False,
     sibling: bool = False,
     input_shapes: InputShapes | None = None,
@@ -60,12 +70,16 @@ def apply(
     Layers are found by name in both phases. Without weights the structure alone changes. ``sibling``: the net
     is another form of the one the plan was made for (its train_val), so only the weights must be the plan's.
 
+    A plan that fits responses needs the ``images`` it was made with: a Calibration, an array (N, C, H, W) as the
+    net wants it, or arrays by blob.
+
     Raises PlanError where the plan was made for other files (unless ``force``) or names layers that the net
     lacks, UsageError on a rank a layer cannot have.
     """
     plan.check(model, force=force, sibling=sibling)
     found = found or find(model, input_shapes)
     here = _Place(found, spectra or Spectra(found))
+    fitted = _fitted(plan, here, images, force)
     style = STYLES.get(str(plan.target.get("style", "default")))
     if style is None:
         raise PlanError(f'there is no style "{plan.target["style"]}"', hint="known: " + ", ".join(STYLES))
@@ -76,13 +90,29 @@ def apply(
     for name, entry in plan.layers.items():
         place = here if name in found.targets else _other_phase(here, name, input_shapes)
         target = _target(place.found, name)
-        steps, errors[name] = _steps(place, target, entry)
+        steps: Sequence[Step | StepShape]
+        if name in fitted:
+            steps, errors[name] = fitted[name].chain.steps, fitted[name].error
+        else:
+            steps, errors[name] = _steps(place, target, entry)
         ties.add(target, tuple(step.suffix for step in steps), entry)
         layer = place.found.shaped.graph.nodes[target.index].layer
-        new = new_layers(layer, target, steps, style, namer)
+        new = new_layers(layer, target, steps, style, namer, gains_bias=name in fitted)
         edits.append(Replace(name, new, renamed_tops(layer, new, style, model.net)))
     changed = rewrite(model, edits)
-    return changed, _report(plan, found, changed, edits, errors, input_shapes)
+    return changed, _report(plan, found, changed, edits, errors, set(fitted), input_shapes)
+
+
+def _fitted(plan: Plan, place: _Place, images: Any, force: bool) -> dict[str, Fitted]:
+    """The layers that the plan wants fitted to responses; nothing where it wants none, or there are no weights."""
+    wanted = plan.target.get("fit")
+    if not wanted or place.found.model.weights is None:
+        return {}
+    if images is None:
+        raise UsageError("the plan fits responses", hint="give the images it was made with (--images)")
+    calibration = Calibration.of(place.found.shaped.graph, images)
+    calibration.check(wanted, force=force)
+    return fit_layers(plan, place.found, place.spectra, calibration)
 
 
 @dataclass
@@ -161,6 +191,7 @@ def _report(
     changed: Model,
     edits: Iterable[Replace],
     errors: dict[str, float | None],
+    fitted: set[str],
     inputs: InputShapes | None,
 ) -> Report:
     before = count(found.shaped)
@@ -173,7 +204,8 @@ def _report(
         if target is not None and target.in_hw is not None:
             full = SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
             pair = (target.macs, sum(macs[new.name].macs for new in edit.new))
-        rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer]))
+        of = "responses" if edit.layer in fitted else "weights"
+        rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer], of))
     return Report(
         tuple(rows),
         (before.macs, after.macs),

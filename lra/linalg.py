@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+RIDGE = 1e-6  # of a regression, as a share of the mean variance
 _GRAM_RATIO = 1e-8  # smallest over largest eigenvalue of the Gram matrix above which it is trusted
+_PIVOT_RATIO = 1e-14  # smallest over largest squared pivot of a Cholesky factor that is trusted
 
 
 class LeftSvd(NamedTuple):
@@ -84,6 +87,239 @@ def balance(left: Array, right: Array) -> tuple[Array, Array]:
     scale = np.sqrt(np.linalg.norm(right, axis=1))
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     return left * scale, right * inverse[:, None]
+
+
+class AffineMap(NamedTuple):
+    """``z = P Q^T y + b``: P (d, r), Q (m, r), b (d,)."""
+
+    P: Array
+    Q: Array
+    b: Array
+
+
+class ResponsePca(NamedTuple):
+    """Mean (d,) of responses, eigenvalues (d,) of their covariance, descending, eigenvectors (d, d), columns."""
+
+    mean: Array
+    values: Array
+    vectors: Array
+
+    def truncate(self, rank: int) -> AffineMap:
+        """``y ~ U U^T (y - ybar) + ybar``, U the first `rank` eigenvectors: P = Q = U.
+
+        The mean squared error is the sum of the dropped eigenvalues.
+
+        Raises:
+            ValueError: the rank is not in 1..d.
+
+        Reference: Zhang et al. 2015, arXiv:1505.06798, equation 4.
+        """
+        _check_inner(rank, len(self.values))
+        basis = self.vectors[:, :rank]
+        return AffineMap(basis, basis, self.mean - basis @ (basis.T @ self.mean))
+
+
+class Whitening(NamedTuple):
+    """Lower triangular L (m, m) with ``L L^T = C + alpha I``, and the alpha that it took."""
+
+    factor: Array
+    alpha: float
+
+
+def response_pca(covariance: NDArray[Any], mean: NDArray[Any]) -> ResponsePca:
+    """Principal components of responses, from their moments; what is negative by rounding is 0.
+
+    Args:
+        covariance: (d, d).
+        mean: (d,).
+
+    Raises:
+        ValueError: an entry is not finite.
+    """
+    work = _finite(covariance)
+    values, vectors = scipy.linalg.eigh((work + work.T) / 2, driver="evd", check_finite=False)
+    return ResponsePca(_finite(mean), np.maximum(values[::-1], 0.0), _fix_signs(vectors[:, ::-1]))
+
+
+def reduced_rank_regression(
+    Y: NDArray[Any], Z: NDArray[Any], rank: int | None, *, ridge: float = RIDGE, prior: float | Array = 1.0
+) -> AffineMap:
+    """Best map of given rank from samples Y to samples Z: ``min |Z - (Y Q P^T + b)|^2``.
+
+    ``P^T P = I``. With Z = Y and no ridge it is PCA. See `from_moments` for the ridge and for data that do
+    not fit in memory.
+
+    Args:
+        Y: (n, m).
+        Z: (n, d).
+        rank: 1 <= rank <= min(m, d); None for full regression, P = I.
+        ridge: see `from_moments`.
+        prior: see `from_moments`.
+
+    Returns:
+        P (d, rank), Q (m, rank), b (d,).
+
+    Raises:
+        ValueError: shapes do not fit, no sample, a rank out of range, or a value that is not finite.
+
+    Reference: Izenman 1975; Zhang et al. 2015, arXiv:1505.06798, equation 8.
+    """
+    y, z = _finite(Y), _finite(Z)
+    if y.ndim != 2 or z.ndim != 2 or len(y) != len(z) or not y.size or not z.size:
+        raise ValueError(f"samples of shapes {y.shape} and {z.shape}: expected (n, m) and (n, d), n > 0")
+    ybar, zbar = y.mean(axis=0), z.mean(axis=0)
+    centred = y - ybar
+    covariance, cross = centred.T @ centred / len(y), (z - zbar).T @ centred / len(y)
+    return from_moments(covariance, cross, ybar, zbar, rank, ridge=ridge, prior=prior)
+
+
+def from_moments(
+    C: NDArray[Any],
+    S: NDArray[Any],
+    ybar: NDArray[Any],
+    zbar: NDArray[Any],
+    rank: int | None,
+    *,
+    ridge: float = RIDGE,
+    prior: float | Array = 1.0,
+) -> AffineMap:
+    """Reduced-rank regression from moments, in projection form.
+
+    ``M = U U^T Mhat``, ``Mhat = S C^-1``, U the leading eigenvectors of ``S C^-1 S^T``: ``P = U``,
+    ``Q^T = U^T Mhat``, ``b = zbar - P Q^T ybar``. First ``C += alpha I`` and ``S += alpha B``, with
+    ``alpha = ridge tr(C) / m`` and B the prior: the same as adding the samples (sqrt(alpha) B, sqrt(alpha) I),
+    so that directions never observed are mapped by B. Where C is singular to working precision alpha is
+    raised until it is not. Without ridge the minimum is
+    ``tr cov(Z) - sum of the leading eigenvalues``.
+
+    Args:
+        C: (m, m), ``cov(y)`` divided by n.
+        S: (d, m), ``cov(z, y)`` divided by n.
+        ybar: (m,).
+        zbar: (d,).
+        rank: 1 <= rank <= min(m, d); None for full regression, P = I.
+        ridge: at least 0.
+        prior: B (d, m), or a number: that times the identity.
+
+    Returns:
+        P (d, rank) with orthonormal columns, Q (m, rank), b (d,).
+
+    Raises:
+        ValueError: shapes do not fit, a rank out of range, or a value that is not finite.
+
+    Reference: Zhang et al. 2015, arXiv:1505.06798, equation 8, there by a generalized SVD.
+    """
+    cross, ybar, zbar = _finite(S), _finite(ybar), _finite(zbar)
+    if cross.shape != (len(zbar), len(ybar)) or C.shape != (len(ybar), len(ybar)):
+        raise ValueError(f"moments C {C.shape}, S {cross.shape} for {len(ybar)} and {len(zbar)} variables")
+    whitening = whiten(C, ridge)
+    seen = unmix(whitening, cross) + prior_term(whitening, prior, len(zbar))
+    basis, rows = leading(seen, rank)
+    Q = scipy.linalg.solve_triangular(
+        whitening.factor, rows.T, lower=True, trans="T", check_finite=False
+    )  # (m, r)
+    return AffineMap(basis, Q, zbar - basis @ (Q.T @ ybar))
+
+
+def whiten(covariance: NDArray[Any], ridge: float = RIDGE) -> Whitening:
+    """Cholesky factor of a covariance with a ridge, ``alpha = ridge tr(C) / m``, raised tenfold until it works.
+
+    Raises:
+        ValueError: a negative ridge, or an entry that is not finite.
+    """
+    if not ridge >= 0:
+        raise ValueError(f"ridge {ridge:g} is negative")
+    work = _finite(covariance)
+    m = len(work)
+    scale = float(np.trace(work)) / m
+    if scale <= 0:  # nothing varies
+        return Whitening(np.eye(m), 1.0)
+    alpha, smallest = ridge * scale, 1e-13 * scale
+    while True:
+        factor, failed = scipy.linalg.lapack.dpotrf(work + alpha * np.eye(m), lower=1)
+        pivots = np.diag(factor) ** 2
+        if not failed and pivots.min() > _PIVOT_RATIO * m * pivots.max():
+            return Whitening(factor, alpha)
+        alpha = max(10 * alpha, smallest)
+
+
+def unmix(whitening: Whitening, rows: Array) -> Array:
+    """``rows L^-T``, (n, m): centred samples get the covariance I, moments S (d, m) become those with them."""
+    solved: Array = scipy.linalg.solve_triangular(whitening.factor, rows.T, lower=True, check_finite=False)
+    return solved.T
+
+
+def prior_term(whitening: Whitening, prior: float | Array, d: int) -> Array:
+    """What the prior adds to unmixed moments: ``alpha B L^-T``, (d, m); B as in `from_moments`."""
+    m = len(whitening.factor)
+    wanted = prior * np.eye(d, m) if np.ndim(prior) == 0 else _finite(np.asarray(prior))
+    if wanted.shape != (d, m):
+        raise ValueError(f"prior of shape {wanted.shape}: expected ({d}, {m})")
+    return unmix(whitening, whitening.alpha * wanted)
+
+
+def leading(matrix: Array, rank: int | None) -> tuple[Array, Array]:
+    """Best approximation of given rank ``U G`` of a matrix, by the eigenvectors of A A^T; signs fixed.
+
+    For `rank` None, I and the matrix itself. Faster than `left_svd` where few vectors are wanted, and good
+    where components below 1e-8 of the largest do not matter.
+
+    Args:
+        matrix: (d, m).
+        rank: 1 <= rank <= min(d, m), or None.
+
+    Returns:
+        U (d, rank), orthonormal columns, and ``G = U^T A`` (rank, m).
+
+    Raises:
+        ValueError: a rank out of range.
+    """
+    d = len(matrix)
+    if rank is None:
+        return np.eye(d), matrix
+    _check_inner(rank, min(matrix.shape))
+    _, vectors = scipy.linalg.eigh(
+        matrix @ matrix.T, subset_by_index=[d - rank, d - 1], overwrite_a=True, check_finite=False
+    )
+    basis = _fix_signs(vectors[:, ::-1])
+    return basis, basis.T @ matrix
+
+
+def by_group(solve: Callable[..., AffineMap], group: int, *samples: NDArray[Any] | None) -> AffineMap:
+    """Solve for each group of channels by itself: the block-diagonal map of a grouped convolution.
+
+    The blocks are stacked as Caffe stacks the weights of groups: rows of P and Q (d/group a block) belong to
+    one group, their columns to the components of that group. The dense map is ``block_diag`` of the blocks.
+
+    Args:
+        solve: the parts of the samples of one group -> its map, the same rank for each.
+        group: divides the channels of each.
+        samples: (n, channels) each, or None, handed on as it is.
+
+    Returns:
+        P (d, rank/group), Q (m, rank/group), b (d,).
+
+    Raises:
+        ValueError: `group` does not divide the channels.
+    """
+    for one in samples:
+        if one is not None and one.shape[1] % group:
+            raise ValueError(f"group {group} does not divide {one.shape[1]} channels")
+    parts = [[None] * group if one is None else np.split(one, group, axis=1) for one in samples]
+    maps = [solve(*part) for part in zip(*parts, strict=True)]
+    return AffineMap(*(np.concatenate(blocks) for blocks in zip(*maps, strict=True)))
+
+
+def _finite(values: NDArray[Any]) -> Array:
+    work: Array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(work).all():
+        raise ValueError("samples or moments hold values that are not finite (nan or inf)")
+    return work
+
+
+def _check_inner(rank: int, largest: int) -> None:
+    if not 1 <= rank <= largest:
+        raise ValueError(f"rank {rank} is not in 1..{largest}")
 
 
 def _wide_svd(matrix: Array) -> LeftSvd:

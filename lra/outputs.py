@@ -72,6 +72,7 @@ def document(
             "full_rank": row.full_rank,
             "macs": list(row.macs) if row.macs else None,
             "error": row.error,
+            "error_of": row.error_of,
         }
         for row in report.rows
     ]
@@ -97,13 +98,15 @@ def show(report: Report, files: dict[str, str], apart: dict[str, float], times: 
             row.scheme,
             "+".join(map(str, row.ranks)) + (f"/{row.full_rank}" if row.full_rank else ""),
             *((f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x") if row.macs else "---"),
-            "-" if row.error is None else f"{row.error:.4f}",
+            "-" if row.error is None else f"{row.error:.4f}" + ("r" if row.error_of == "responses" else ""),
         ]
         for row in report.rows
     ]
     console.table(["layer", "scheme", "rank", "MACs before", "after", "ratio", "error"], rows)
-    if any(row.error is not None for row in report.rows):
+    if any(row.error is not None and row.error_of == "weights" for row in report.rows):
         click.echo("error: ||W - W'|| / ||W|| of the layer's weights")
+    if any(row.error_of == "responses" for row in report.rows):
+        click.echo("error, r: the same of held-out responses, behind activation and shortcut")
     reasons: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
         reasons.setdefault(reason, []).append(name)

@@ -15,6 +15,7 @@ from caffe_proto.net import nearest
 from caffe_proto.shape_inference import InputShapes
 
 from . import ranks as policy
+from .calibration import Calibration
 from .plan import LayerPlan, Plan
 from .ranks import Infeasible, Option
 from .schemes import SCHEMES
@@ -81,6 +82,7 @@ def make_plan(
     round_to: int = 1,
     style: str = "default",
     even_if_slower: bool = False,
+    images: Any = None,
     input_shapes: InputShapes | None = None,
     found: Found | None = None,
     spectra: Spectra | None = None,
@@ -96,9 +98,16 @@ def make_plan(
     weight energies) over all schemes allowed. A layer that would not get cheaper is kept, with the reason,
     unless ``even_if_slower``. ``round_to``: ranks are multiples of it.
 
+    ``images`` (a Calibration, an array (N, C, H, W) as the net wants it, or arrays by blob): the plan asks that
+    the second layer of every chain is fitted to responses; ranks are chosen from the weights all the same.
+
     Raises UsageError, PlanError or WeightsError, each naming layer and figure.
     """
     _check_request(scheme, style, scope, round_to, speedup, energy, ranks, rank_config)
+    if images is not None and (model.weights is None or scheme == "kmeans"):
+        raise UsageError(
+            "responses cannot be fitted " + ("by kmeans" if model.weights else "without weights")
+        )
     found = found or find(model, input_shapes)
     spectra = spectra or Spectra(found)
     kept: dict[str, str] = {}
@@ -120,6 +129,8 @@ def make_plan(
     else:
         layers, target = job.by_config(targets, rank_config or {}), {"rank_config": True}
     target |= {"scheme": scheme, "style": style}
+    if images is not None:
+        target["fit"] = Calibration.of(found.shaped.graph, images).record()
     if round_to > 1:
         target["round_to"] = round_to
     order = [name for name in found.targets if name in layers]

@@ -109,11 +109,11 @@ class Walker:
         )
         for start, stop in batches(self.n_images, self.batch):
             made = self.parts.run({value: x[start:stop] for value, x in self.images.items()}, outputs)
-            for name, (places, *sources) in wanted.items():
+            for name, (places, main, other) in wanted.items():
                 here, which = places.within(start, stop)
-                for array, value in zip(kept[name], sources, strict=False):
-                    if value is not None:
-                        array[which] = here.take(made[value], start)
+                kept[name][0][which] = here.take(made[main], start)
+                if other is not None:
+                    kept[name][1][which] = here.take(made[other], start)
             self.step()
         return {
             name: Samples(places, kept[name][0], kept[name][1] if len(kept[name]) > 1 else None)

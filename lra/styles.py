@@ -61,9 +61,17 @@ STYLES: Mapping[str, Style] = MappingProxyType(
 
 
 def new_layers(
-    layer: Layer, target: Target, steps: Sequence[Step | StepShape], style: Style, namer: Namer
+    layer: Layer,
+    target: Target,
+    steps: Sequence[Step | StepShape],
+    style: Style,
+    namer: Namer,
+    gains_bias: bool = False,
 ) -> tuple[NewLayer, ...]:
-    """The blocks that stand for a chain in the place of ``layer``: its bottoms on the first, its tops on the last."""
+    """The blocks that stand for a chain in the place of ``layer``: its bottoms on the first, its tops on the last.
+
+    ``gains_bias``: the last one has a bias even where the layer had none.
+    """
     made: list[NewLayer] = []
     bottoms: tuple[str, ...] | None = None
     for position, step in enumerate(steps):
@@ -80,7 +88,8 @@ def new_layers(
                 bottoms=bottoms,
                 tops=tops,
                 block="inner_product_param" if target.dense else "convolution_param",
-                settings=_settings(layer, target, step, style, not position, last or frozen),
+                settings=_settings(layer, target, step, style, not position, last or frozen)
+                | ({"bias_term": ["true"]} if last and gains_bias and not has_bias else {}),
                 blobs=_blobs(step, target, frozen) if isinstance(step, Step) else None,
                 params=2 if last or frozen else 1,
                 rename_weight=suffix,

@@ -12,8 +12,9 @@ ORDER = (
     """
     caffe_proto.errors
     caffe_proto.files caffe_proto.schema caffe_proto.text caffe_proto.wire
-    lra.linalg lra.decomposition lra.ranks lra.digits
-    lra.schemes.base lra.schemes.cross_filter lra.schemes.spatial lra.schemes
+    lra.linalg lra.stats lra.nonlinear lra.decomposition lra.ranks lra.digits
+    lra.schemes.base lra.schemes.cross_filter lra.schemes.spatial
+    lra.schemes.response lra.schemes.asymmetric3d lra.schemes
     caffe_proto.blocks caffe_proto.weights caffe_proto.upgrade caffe_proto.net
     caffe_proto.recover caffe_proto.upgrade_weights
     caffe_proto.typed caffe_proto.model
@@ -21,17 +22,24 @@ ORDER = (
     caffe_proto.layers.conv caffe_proto.layers.dense caffe_proto.layers.ends caffe_proto.layers.norm
     caffe_proto.layers.pointwise caffe_proto.layers.pool caffe_proto.layers.shape caffe_proto.layers.softmax
     caffe_proto.layers.indexing caffe_proto.layers.reduce caffe_proto.layers.loss caffe_proto.layers.recurrent
+    caffe_proto.layers.ssd caffe_proto.layers.detection caffe_proto.layers.variants
+    caffe_proto.layers.planes caffe_proto.layers.channelwise
     caffe_proto.layers
     caffe_proto.preprocess caffe_proto.graph
     caffe_proto.shape_inference caffe_proto.costs caffe_proto.binding caffe_proto.rewrite caffe_proto.plan
     caffe_proto.deploy caffe_proto.meaning caffe_proto.diff
     caffe_proto.onnx_export
     caffe_proto.runtime caffe_proto.latency caffe_proto.segments
+    caffe_proto.data.pictures caffe_proto.data.base caffe_proto.data.folders caffe_proto.data.arrays
+    caffe_proto.data.datums caffe_proto.data caffe_proto.data.transform caffe_proto.data.batches
+    caffe_proto.data.build
+    caffe_proto.evaluation
     caffe_proto
     lra.plan lra.targets lra.styles
+    lra.following lra.walk lra.responses lra.calibration lra.fitting
     lra.planner lra.applier
     lra
-    caffe_proto.console caffe_proto.cli
+    caffe_proto.console caffe_proto.cli_data caffe_proto.cli
     lra.demo lra.outputs lra.cli lra.__main__
     hrank
     """
@@ -42,6 +50,8 @@ CONFINED = {
     "onnxruntime": {"caffe_proto.runtime", "caffe_proto.latency", "caffe_proto.segments", "caffe_proto.cli"},
     "onnx": {"caffe_proto.onnx_export"},
     "torch": set(),
+    "PIL": {"caffe_proto.data.pictures"},
+    "lmdb": {"caffe_proto.data.datums", "caffe_proto.data.build"},
 }
 
 
