@@ -43,9 +43,12 @@ setup(
         "h5py>=3.10",
         "click>=8.1",
         "rich>=13",
+        "pillow>=10",
+        "lmdb>=1.4",
     ],
     extras_require={
         "train": ["torch>=2.1"],
+        "bench": ["opencv-python-headless<5"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -23,19 +23,19 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from caffe_proto import binding, graph, model, runtime, shape_inference
-from caffe_proto.onnx_export import Request, draw, to_onnx
+from caffe_proto.onnx_export import Request, draw
 from caffe_proto.runtime import Engine
 from caffe_proto.weights import NewEntry, Weights
 
 try:
     import cv2
 except ImportError:
-    cv2 = None
+    cv2 = None  # type: ignore[assignment]
 
+MODELS = Path(__file__).resolve().parents[1] / "models"
 NETS = ("alexnet", "googlenet", "resnet_18", "squeezenet_v1.1", "mobilenet_v1", "vgg_16")
 LOADED = "vgg_16"
 LOADS = 5
@@ -63,7 +63,7 @@ class Row:
 
 def write_weights(name: str, folder: Path) -> Files:
     """Random weights for a net of models/, in a caffemodel."""
-    net = ROOT / "models" / name / "deploy.prototxt"
+    net = MODELS / name / "deploy.prototxt"
     built = graph.build(model.load(net).net)
     rng = np.random.default_rng(0)
     blobs = binding.random(shape_inference.infer(built))
@@ -92,9 +92,9 @@ def image(files: Files) -> dict[str, np.ndarray]:
 def ours(files: Files, threads: int, blob: str | None = None) -> Callable[[], np.ndarray]:
     """A forward pass of caffe-lra's ONNX in onnxruntime, for the net's output or the given blob."""
     export = draw(model.load(files.net, files.weights), Request(outputs=(blob,) if blob else None))
-    opened = runtime.open_onnx(to_onnx(export).SerializeToString(), Engine(threads, spin=False))
+    opened = runtime.open_export(export, Engine(threads, spin=False))
     feeds = image(files)
-    return lambda: np.asarray(opened.run(None, feeds)[0])
+    return lambda: np.asarray(opened.ort.run(None, feeds)[0])
 
 
 def theirs(files: Files, layer: str | None = None) -> Callable[[], np.ndarray]:
@@ -152,9 +152,7 @@ def load_times(files: Files, threads: int) -> dict[str, tuple[float, float]]:
             run()
             found[name].append((loaded, time.perf_counter() - started))
             del run
-    return {
-        name: (median(a for a, _ in times), median(b for _, b in times)) for name, times in found.items()
-    }
+    return {name: (median(a for a, _ in times), median(b for _, b in times)) for name, times in found.items()}
 
 
 def report(files: Files, name: str, threads: int, runs: int) -> float:
@@ -196,10 +194,14 @@ def main() -> int:
     """Measure and print; the status is 1 where onnxruntime is slower on some net."""
     given = arguments()
     if cv2 is None or not hasattr(cv2.dnn, "readNetFromCaffe"):
-        print('OpenCV with a Caffe importer is missing: pip install "opencv-python-headless<5"', file=sys.stderr)
+        print(
+            'OpenCV with a Caffe importer is missing: pip install "opencv-python-headless<5"', file=sys.stderr
+        )
         return 2
     cv2.setNumThreads(given.threads)
-    print(f"OpenCV {cv2.__version__}, onnxruntime {runtime.onnxruntime.__version__}, threads: {given.threads}\n")
+    print(
+        f"OpenCV {cv2.__version__}, onnxruntime {runtime.onnxruntime.__version__}, threads: {given.threads}\n"
+    )
     print(f"      {'net':<16} {'caffe-lra':>12} {'OpenCV':>12} {'ratio':>8} {'difference':>11}")
     slow = False
     for name in given.only:

@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from . import console
+from . import cli_data, console
 from .console import input_shape_option, json_option, net_argument, seed_option, state_options, threads_option
 from .errors import FileError, UsageError
 
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from .diff import Difference, Kernel, Row
     from .model import Model
     from .text import Document
+
+
+cut_option = click.option(
+    "--cut-at-unknown",
+    is_flag=True,
+    help="Leave out layers of unknown type and what depends on them; what they read becomes an output.",
+)
+
+_SMALL_NPZ, _MOST_PACKED = 2**27, 20  # bytes that a .npz may always unpack to; beyond, times its own size
 
 
 @click.command()
@@ -125,12 +134,13 @@ def _ranks(model: Model, energy: float, input_shapes: Any) -> dict[str, tuple[in
 )
 @click.option("--blobs", default="all", show_default=True, help="Blobs to write, separated by commas.")
 @click.option("--compare", metavar="REF.npz", help="Print each blob's error against a dump of another Caffe.")
+@cut_option
 @threads_option
 @state_options
 @json_option
 def run(
     net: str, weights: str, inputs: Sequence[str], output: str, blobs: str, compare: str | None,
-    threads: int, phase: str, stages: Any, level: int, as_json: bool,
+    cut_at_unknown: bool, threads: int, phase: str, stages: Any, level: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Run NET with WEIGHTS forward through onnxruntime and write its blobs.
 
@@ -140,7 +150,7 @@ def run(
 
     model = console.load_model(net, weights, phase, stages, level)
     names = "all" if blobs == "all" else [name for name in blobs.split(",") if name]
-    with runtime.session(model, names, threads=threads) as opened:  # type: ignore[arg-type]
+    with runtime.session(model, names, threads=threads, cut_at_unknown=cut_at_unknown) as opened:  # type: ignore[arg-type]
         results = opened.run(_feeds(inputs, opened.input_names))
     reference = dict(_read_arrays(compare)) if compare else {}
     errors = {
@@ -201,17 +211,29 @@ def _finite(value: float | None) -> float | None:
 
 def _read_arrays(path: str) -> dict[str, np.ndarray]:
     """The arrays of a .npz, or of a .npy under the name ""; raises FileError where it is neither."""
-    import zipfile
-
     import numpy as np
 
     if not Path(path).is_file():
         raise FileError("no such file", path=path)
+    _refuse_bomb(path)
     try:
         loaded = np.load(path, allow_pickle=False)
         return dict(loaded) if hasattr(loaded, "files") else {"": loaded}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a dozen kinds, of NumPy, zipfile and zlib
         raise FileError(f"is no NumPy file: {error}", path=path, hint="give a .npy or .npz file") from error
+
+
+def _refuse_bomb(path: str) -> None:
+    """Raise FileError where the members of a .npz are packed so tightly that they hold nothing but padding."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # a .npy; or NumPy will say what is wrong
+    if size > max(_SMALL_NPZ, _MOST_PACKED * Path(path).stat().st_size):
+        raise FileError(f"would unpack to {size:,} bytes, {_MOST_PACKED} times its size or more", path=path)
 
 
 def _feeds(items: Sequence[str], names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -251,12 +273,14 @@ def _feeds(items: Sequence[str], names: Sequence[str]) -> dict[str, np.ndarray]:
 @click.option(
     "--bgr", is_flag=True, help="The images will come as RGB, the net wants BGR: swap the channels."
 )
+@cut_option
 @input_shape_option
 @state_options
 @json_option
 def export(
     net: str, weights: str, output: str, batch: str | None, dynamic_hw: bool, preprocess: bool, mean: str | None,
-    scale: float | None, bgr: bool, input_shapes: Any, phase: str, stages: Any, level: int, as_json: bool,
+    scale: float | None, bgr: bool, cut_at_unknown: bool, input_shapes: Any, phase: str, stages: Any, level: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Write NET with WEIGHTS as ONNX (opset 17, IR 8) under Caffe's blob and layer names."""
     from . import files, onnx_export
@@ -268,6 +292,7 @@ def export(
         dynamic_hw=dynamic_hw,
         input_shapes=input_shapes,
         preprocess=_preprocess(model, preprocess, mean, scale, bgr),
+        cut_at_unknown=cut_at_unknown,
     )
     made = onnx_export.export_onnx(model, request)
     with files.writing([output], [net, weights]) as (temporary,):
@@ -607,4 +632,4 @@ def recover_(weights_file: str, output: str, as_json: bool) -> None:
     click.echo(f"wrote {output}")
 
 
-COMMANDS = (info, run, export, time_, diff, deploy, upgrade_, recover_)
+COMMANDS = (info, run, export, time_, diff, deploy, upgrade_, recover_, *cli_data.COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -141,6 +142,8 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
 def run(group: click.Group, argv: Sequence[str] | None = None) -> int:
     """Run a command; an Error or a wrong option is one line and status 2, anything else a bug and status 70."""
     name = "caffe-lra"
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold any bytes
     try:
         result = group.main(args=None if argv is None else list(argv), prog_name=name, standalone_mode=False)
         sys.stdout.flush()

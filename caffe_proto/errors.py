@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_LONGEST = 2000  # characters of a message
+
 
 class Error(Exception):
     """Base of all errors; knows where the trouble is and what to do about it."""
@@ -57,10 +59,18 @@ class Error(Exception):
         if self.layer is not None:
             parts.append(f'layer "{self.layer}"')
         text = ": ".join([*parts, self.message])
-        return f"{text}; {self.hint}" if self.hint else text
+        return _one_line(f"{text}; {self.hint}" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.message, self.path, self.line, self.layer, self.hint))
+
+
+def _one_line(text: str) -> str:
+    """A message as one line that can be read, whatever names are quoted in it."""
+    text = text.replace("\n", "\\n").replace("\r", "\\r")
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ... {text[len(text) - _LONGEST // 4 :]}"
 
 
 def _rebuild(kind: type[Error], message: str, path: str, line: int, layer: str, hint: str) -> Error:

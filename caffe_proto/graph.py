@@ -7,7 +7,8 @@ rewritten value is read under another shape. In-place layers then need no code a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from .layers.spec import LayerSpec, Request
 from .net import Layer, Net, nearest
 from .text import Message
 from .typed import Typed, check
+from .upgrade import is_solver
 
 
 class Value(NamedTuple):
@@ -46,11 +48,15 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Nodes in execution order, and for every blob name the value it holds at the end."""
+    """Nodes in execution order, and for every blob name the value it holds at the end.
+
+    ``cut`` names blobs that are outputs though others read them: unknown layers were cut off behind them.
+    """
 
     nodes: tuple[Node, ...]
     final: dict[str, Value]
     path: str | None = None
+    cut: frozenset[str] = frozenset()
 
     @cached_property
     def consumers(self) -> dict[Value, tuple[int, ...]]:
@@ -69,7 +75,9 @@ class Graph:
     @cached_property
     def outputs(self) -> tuple[str, ...]:
         """The blobs nobody reads at the end, which Caffe prints as the net's outputs, in order of writing."""
-        return tuple(name for name, value in self.final.items() if not self.consumers[value])
+        return tuple(
+            name for name, value in self.final.items() if name in self.cut or not self.consumers[value]
+        )
 
     @cached_property
     def sources(self) -> tuple[Value, ...]:
@@ -136,7 +144,9 @@ class _Builder:
     def add(self, layer: Layer) -> None:
         spec, params, problem = _understand(layer, self.net)
         inputs = tuple(self.content(name) for name in layer.bottoms)
-        in_place = [self.writes_in_place(layer, top, inputs) for top in range(len(layer.tops))]
+        _refuse_repeated(layer.tops)
+        reads = Counter(inputs)
+        in_place = [self.writes_in_place(layer, top, inputs, reads) for top in range(len(layer.tops))]
         index = len(self.nodes)
         self.nodes.append(Node(layer, inputs, spec, params, problem))
         self.readers.update(dict.fromkeys(inputs, layer.name))
@@ -155,9 +165,7 @@ class _Builder:
         """The value a blob name holds now; a view of its memory where that was rewritten under another name."""
         blob = self.blobs.get(name)
         if blob is None:
-            raise NetError(
-                f'bottom "{name}" is written by no layer above', hint=nearest(name, list(self.blobs))
-            )
+            raise NetError(f'bottom "{name}" is written by no layer above', hint=self.elsewhere(name))
         if blob.version != blob.memory.version:
             like = self.nodes[blob.value.node].layer
             empty = Message((), *like.span)
@@ -166,11 +174,21 @@ class _Builder:
             blob.value, blob.version = Value(len(self.nodes) - 1, 0), blob.memory.version
         return blob.value
 
-    def writes_in_place(self, layer: Layer, top: int, inputs: tuple[Value, ...]) -> bool:
+    def elsewhere(self, name: str) -> str | None:
+        """A hint to where a blob that nothing above writes may come from."""
+        here, state = set(self.net.layers), self.net.full_state
+        for layer in self.net.upgraded.all_layers:
+            if name in layer.tops:
+                if layer in here:
+                    return f'layer "{layer.name}", which comes no earlier, writes it'
+                return f'layer "{layer.name}" writes it, but does not exist in phase {state.phase}'
+        return nearest(name, list(self.blobs)) if self.blobs else None
+
+    def writes_in_place(
+        self, layer: Layer, top: int, inputs: tuple[Value, ...], reads: Mapping[Value, int]
+    ) -> bool:
         """Whether that top rewrites its bottom; raises NetError on what Caffe calls "multiple sources"."""
         name = layer.tops[top]
-        if name in layer.tops[:top]:
-            raise NetError(f'names the top "{name}" twice')
         if name not in self.blobs:
             return False
         before = self.nodes[self.blobs[name].value.node].layer.name
@@ -178,13 +196,20 @@ class _Builder:
             raise NetError(
                 f'top "{name}" is already written by layer "{before}"', hint="give it another name"
             )
-        if inputs[top] in self.readers or inputs.count(inputs[top]) > 1:
+        if inputs[top] in self.readers or reads[inputs[top]] > 1:
             reader = self.readers.get(inputs[top], layer.name)
             raise NetError(
                 f'rewrites "{name}" in place, which layer "{reader}" reads too; Caffe calls that multiple sources',
                 hint="give its top another name",
             )
         return True
+
+
+def _refuse_repeated(tops: tuple[str, ...]) -> None:
+    """Raise NetError where a layer names a top twice."""
+    if len(set(tops)) < len(tops):
+        name = next(name for name, count in Counter(tops).items() if count > 1)
+        raise NetError(f'names the top "{name}" twice')
 
 
 def _understand(layer: Layer, net: Net) -> tuple[LayerSpec | None, Any, Error | None]:
@@ -228,4 +253,41 @@ def build(net: Net) -> Graph:
     Layers of unknown type or with fields that are not understood become nodes with a ``problem``; whoever
     needs them calls ``checked``. Raises NetError where the wiring itself is wrong.
     """
+    _check_root(net)
     return _Builder(net).build()
+
+
+def _check_root(net: Net) -> None:
+    """Refuse a solver, and what stands beside the layers and is no field of a net: a misspelt layer, a brace too many."""
+    root = net.document.root
+    if is_solver(net.document):
+        trained = root.string("net") or root.string("train_net")
+        hint = f"give the net that it trains{f', {trained}' if trained else ''}"
+        raise NetError("this file sets a solver, it is no net", path=net.path, hint=hint)
+    beside = tuple(field for field in root.fields if field.name not in ("layer", "layers"))
+    try:
+        check(Typed(Message(beside, root.start, root.end), "NetParameter", net.document))
+    except Error as error:
+        raise error.at(path=net.path) from None
+
+
+def known_part(built: Graph) -> Graph:
+    """The part of a graph that no layer outside this program's knowledge has a hand in.
+
+    Its outputs are the values that such layers read, and the outputs of the whole graph that depend on none.
+    A problem other than such a layer is left for ``checked``.
+    """
+    cut: set[int] = set()
+    read: dict[str, Value] = {}
+    for index, node in enumerate(built.nodes):
+        if isinstance(node.problem, UnsupportedError) or any(value.node in cut for value in node.inputs):
+            cut.add(index)
+            read.update({built.blob(value): value for value in node.inputs if value.node not in cut})
+    kept = {name: value for name, value in built.final.items() if value.node not in cut}
+    nodes = tuple(_left_out(node) if index in cut else node for index, node in enumerate(built.nodes))
+    return Graph(nodes, {**kept, **read}, built.path, frozenset(read))
+
+
+def _left_out(node: Node) -> Node:
+    problem = node.problem or UnsupportedError("depends on a layer that is not understood")
+    return replace(node, inputs=(), spec=None, params=None, problem=problem)

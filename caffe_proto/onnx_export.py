@@ -7,7 +7,7 @@ Opset 17, IR version 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,8 @@ _AXIS_NAMES = {0: "batch", 2: "height", 3: "width"}
 class Request:
     """What to export: blobs to give out (None: the net's outputs), sizes left open, source shapes overridden.
 
-    ``preprocess`` is baked in before every image input (4 axes).
+    ``preprocess`` is baked in before every image input (4 axes). With ``cut_at_unknown`` layers that are not
+    understood are left out with all that depends on them: what they read becomes an output.
     """
 
     outputs: tuple[str, ...] | None = None
@@ -44,6 +45,7 @@ class Request:
     input_shapes: InputShapes | None = None
     random_seed: int | None = None
     preprocess: Preprocess | None = None
+    cut_at_unknown: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +74,15 @@ def source_shapes(built: Graph, request: Request) -> dict[str, Shape]:
     return found
 
 
+def graph_of(model: Model, request: Request) -> Graph:
+    """The graph that a request is about: the whole net, or the part before its unknown layers."""
+    built = graph.build(model.net)
+    return graph.known_part(built) if request.cut_at_unknown else built
+
+
 def draw(model: Model, request: Request) -> Export:
     """Write the net as records. Raises NetError where a needed layer cannot be exported."""
-    built = graph.build(model.net)
+    built = graph_of(model, request)
     names = _asked(built, request.outputs)
     sources = source_shapes(built, request)
     needed = _needed(built, [built.final[name] for name in names])
@@ -85,7 +93,7 @@ def draw(model: Model, request: Request) -> Export:
     shaped = shape_inference.infer(built, sources, partial=True)
     for index in sorted(needed & set(shaped.unknown)):
         raise shaped.unknown[index]
-    dynamic = _dynamic(built, sources, shaped, needed, request)
+    dynamic = _with_open_axes(built, _dynamic(built, sources, shaped, needed, request))
     if request.random_seed is None:
         blobs = binding.bind(_only(shaped, needed), model.weights)
     else:
@@ -153,6 +161,17 @@ def _dynamic(
         else (False,) * len(shape)
         for value, shape in shaped.shapes.items()
     }
+
+
+def _with_open_axes(built: Graph, dynamic: dict[Value, Dynamic]) -> dict[Value, Dynamic]:
+    """The same, with the axes marked that depend on the numbers themselves."""
+
+    def marked(value: Value, axes: Dynamic) -> Dynamic:
+        spec = built.nodes[value.node].spec
+        open_ = spec.open_axes if spec is not None else ()
+        return tuple(varies or axis in open_ for axis, varies in enumerate(axes))
+
+    return {value: marked(value, axes) for value, axes in dynamic.items()}
 
 
 @dataclass(frozen=True)
@@ -303,21 +322,41 @@ class _Writer:
         return True
 
 
-def to_onnx(export: Export) -> onnx.ModelProto:
-    """The records as an ONNX model."""
-    from onnx import helper, numpy_helper
+def to_onnx(export: Export, elsewhere: Collection[str] = ()) -> onnx.ModelProto:
+    """The records as an ONNX model; constants named in ``elsewhere`` are declared only, whoever reads it has them."""
+    from onnx import helper
 
     inputs = [_value_info(export, name) for name in export.inputs.values()]
     outputs = [_value_info(export, name) for name in export.outputs.values()]
     nodes = [_node(record) for record in export.sheet.nodes]
-    constants = [
-        numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
-        for name, array in export.sheet.constants.items()
-    ]
-    made = helper.make_graph(nodes, export.name, inputs, outputs, constants)
-    return helper.make_model(
-        made, producer_name="caffe-lra", opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+    made = helper.make_model(
+        helper.make_graph(nodes, export.name, inputs, outputs),
+        producer_name="caffe-lra",
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
     )
+    made.graph.initializer.extend(  # not given to make_graph: it copies, and so does make_model
+        _declared(array, name) if name in elsewhere else _constant(array, name)
+        for name, array in export.sheet.constants.items()
+    )
+    return made
+
+
+def _constant(array: np.ndarray, name: str) -> onnx.TensorProto:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+
+
+def _declared(array: np.ndarray, name: str) -> onnx.TensorProto:
+    """A constant without its numbers: external data, whose place the reader replaces."""
+    from onnx import TensorProto, helper
+
+    made = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    made.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+    for key, value in {"location": "memory", "offset": 0, "length": array.nbytes}.items():
+        made.external_data.add(key=key, value=str(value))
+    return made
 
 
 def _value_info(export: Export, name: str) -> onnx.ValueInfoProto:

@@ -104,6 +104,8 @@ def read_json(source: str, path: object = None) -> Mapping[str, Any]:
         raise PlanError(f"is no JSON: {error.msg}", path=path, line=error.lineno) from error
     except RecursionError:
         raise PlanError("is nested too deeply", path=path) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise PlanError(f"cannot be read: {error}", path=path) from error
     if not isinstance(value, dict):
         raise PlanError("must be a JSON object { layer: rank, ... }", path=path)
     return value

@@ -14,6 +14,13 @@ from .layers.spec import Shape, text
 from .net import Net
 from .typed import Typed
 
+# Where nets from before transform_param say the same.
+_OLD_BLOCKS = {
+    "data_param": "DataParameter",
+    "image_data_param": "ImageDataParameter",
+    "window_data_param": "WindowDataParameter",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Preprocess:
@@ -87,14 +94,37 @@ def _binaryproto(path: str) -> np.ndarray:
     return data.reshape(shape[-3:])
 
 
-def of_net(net: Net) -> Preprocess | None:
-    """What the net's own ``transform_param`` says, or None where no layer has one; mean files are read."""
+def settings(net: Net) -> Typed | None:
+    """The net's own ``transform_param``, or the data block of an old net that says the same; None without one."""
     for layer in net.layers:
         for message in layer.message.messages("transform_param"):
-            p = Typed(message, "TransformationParameter", layer.document)
-            mean = np.array(p["mean_value"], np.float32) if p["mean_value"] else None
-            if p["mean_file"]:
-                beside = Path(net.path or ".").parent / p["mean_file"]
-                mean = read_mean(str(beside if beside.exists() else p["mean_file"]))
-            return Preprocess(mean, float(p["scale"]))
+            return Typed(message, "TransformationParameter", layer.document)
+        for name, type_name in _OLD_BLOCKS.items():
+            for message in layer.message.messages(name):
+                found = Typed(message, type_name, layer.document)
+                if any(field in found for field in ("scale", "mean_file", "crop_size", "mirror")):
+                    return found
     return None
+
+
+def own_mean(net: Net, p: Typed) -> np.ndarray | None:
+    """The mean that the settings name, a file beside the net or where they say; None where they name none."""
+    if p["mean_file"]:
+        beside = Path(net.path or ".").parent / p["mean_file"]
+        found = next((path for path in (beside, Path(p["mean_file"])) if path.exists()), None)
+        if found is None:
+            raise FileError(
+                f'there is no mean file "{p["mean_file"]}"',
+                path=net.path,
+                line=p.line("mean_file"),
+                hint="give the mean itself: --mean FILE",
+            )
+        return read_mean(str(found))
+    values = p.get("mean_value")
+    return np.array(values, np.float32) if values else None
+
+
+def of_net(net: Net) -> Preprocess | None:
+    """What the net's own ``transform_param`` says, or None where no layer has one; mean files are read."""
+    p = settings(net)
+    return None if p is None else Preprocess(own_mean(net, p), float(p["scale"]))

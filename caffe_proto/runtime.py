@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,13 +14,14 @@ from .errors import ShapeError, UsageError
 from .layers.spec import text
 from .model import Model
 from .net import nearest
-from .onnx_export import Request, draw, source_shapes, to_onnx
+from .onnx_export import Export, Request, draw, graph_of, source_shapes, to_onnx
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_LENT = 2**16  # bytes from which a constant is not written into the model but lent to onnxruntime
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,15 @@ def options(engine: Engine) -> onnxruntime.SessionOptions:
 
 
 def open_onnx(
-    source: bytes | str, engine: Engine, profile_prefix: str | None = None
+    source: bytes | str,
+    engine: Engine,
+    profile_prefix: str | None = None,
+    constants: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session over ONNX bytes or an ONNX file; raises UsageError where the provider is not active."""
+    """A session over ONNX bytes or an ONNX file; raises UsageError where the provider is not active.
+
+    ``constants`` are those that the source only declares; they must live as long as the session.
+    """
     name = PROVIDERS.get(engine.provider)
     if name is None:
         raise UsageError(f'there is no provider "{engine.provider}"', hint="use " + " or ".join(PROVIDERS))
@@ -62,19 +69,33 @@ def open_onnx(
     made = options(engine)
     if profile_prefix is not None:
         made.profile_file_prefix = profile_prefix
+    if constants:
+        made.add_external_initializers(list(constants), list(constants.values()))
     opened = onnxruntime.InferenceSession(source, made, providers=[name])
     if opened.get_providers()[0] != name:
         raise UsageError(f"onnxruntime did not activate {name}, it would silently run on the CPU")
     return opened
 
 
+def open_export(export: Export, engine: Engine) -> Compiled:
+    """A session over a drawn net; the CPU reads large constants where they lie, mapped files included."""
+    lent = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        for name, array in export.sheet.constants.items()
+        if engine.provider == "cpu" and array.dtype == np.float32 and array.nbytes >= _LENT
+    }
+    opened = open_onnx(to_onnx(export, lent).SerializeToString(), engine, constants=lent)
+    return Compiled(opened, export.inputs, export.outputs, lent)
+
+
 @dataclass(frozen=True)
-class _Compiled:
-    """One onnxruntime session, for one set of input shapes."""
+class Compiled:
+    """One onnxruntime session, for one set of input shapes, and the constants it reads."""
 
     ort: onnxruntime.InferenceSession
     inputs: dict[str, str]
     outputs: dict[str, str]
+    constants: Mapping[str, onnxruntime.OrtValue] = field(default_factory=dict)
 
 
 class Session:
@@ -85,11 +106,11 @@ class Session:
     ) -> None:
         self.model = model
         self.engine = engine
-        self.graph = graph.build(model.net)
+        self.graph = graph_of(model, request)
         self.sources = {self.graph.blob(value): value for value in self.graph.sources}
         names = tuple(self.graph.final) if blobs == "all" else None if blobs is None else tuple(blobs)
         self.request = replace(request, outputs=names)
-        self._compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], _Compiled] = {}
+        self._compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], Compiled] = {}
 
     def __enter__(self) -> Session:
         return self
@@ -126,7 +147,7 @@ class Session:
         order = self.request.outputs or tuple(compiled.outputs)
         return {name: results[name] if name in results else arrays[name].copy() for name in order}
 
-    def _compile(self, arrays: dict[str, np.ndarray]) -> _Compiled:
+    def _compile(self, arrays: dict[str, np.ndarray]) -> Compiled:
         shapes = {
             **(self.request.input_shapes or {}),
             **{name: array.shape for name, array in arrays.items()},
@@ -137,10 +158,8 @@ class Session:
             names = tuple(name for name in names if self.graph.final.get(name) not in set(self.graph.sources))
         export = draw(self.model, replace(self.request, input_shapes=shapes, outputs=names, batch=None))
         if not export.outputs:
-            return _Compiled(None, {name: name for name in self.sources if name in arrays}, {})
-        return _Compiled(
-            open_onnx(to_onnx(export).SerializeToString(), self.engine), export.inputs, export.outputs
-        )
+            return Compiled(None, {name: name for name in self.sources if name in arrays}, {})
+        return open_export(export, self.engine)
 
     def _check_axes(self, arrays: dict[str, np.ndarray]) -> None:
         """A clear word where an array has another number of axes than the net declares."""
@@ -163,12 +182,14 @@ def session(
     provider: str = "cpu",
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     random_seed: int | None = None,
+    cut_at_unknown: bool = False,
 ) -> Session:
     """Open a model for forward passes: ``blobs`` to give out, None for the net's outputs, or "all".
 
-    ``random_seed`` runs a net without weights on random ones.
+    ``random_seed`` runs a net without weights on random ones; ``cut_at_unknown`` runs a net up to the layers
+    that are not understood.
     """
-    request = Request(input_shapes=input_shapes, random_seed=random_seed)
+    request = Request(input_shapes=input_shapes, random_seed=random_seed, cut_at_unknown=cut_at_unknown)
     return Session(model, request, blobs, Engine(threads, provider))
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from .errors import Error, ShapeError, UsageError
 from .graph import Graph, Node, Value
-from .layers.spec import Shape, Shapes
+from .layers.spec import Shape, Shapes, size, text
 from .net import nearest
 
 InputShapes = Mapping[str, Shape]
+
+_MOST_AXES, _MOST_NUMBERS = 32, 2**31 - 1  # of one of Caffe's blobs
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +53,10 @@ def infer(graph: Graph, inputs: InputShapes | None = None, *, partial: bool = Fa
         if name not in sources:
             raise UsageError(f'"{name}" is no input of the net', hint=nearest(name, sorted(sources)))
     shaped = Shaped(graph, {}, {})
+    owners: dict[str, tuple[str, Shape]] = {}
     for index, node in enumerate(graph.nodes):
         try:
-            tops = _tops(shaped, index, node, given)
+            tops = _tops(shaped, index, node, given, owners)
         except Error as error:
             error.at(path=graph.path, line=node.layer.line, layer=node.name)
             if not partial:
@@ -64,7 +67,9 @@ def infer(graph: Graph, inputs: InputShapes | None = None, *, partial: bool = Fa
     return shaped
 
 
-def _tops(shaped: Shaped, index: int, node: Node, given: dict[str, Shape]) -> Shapes:
+def _tops(
+    shaped: Shaped, index: int, node: Node, given: dict[str, Shape], owners: dict[str, tuple[str, Shape]]
+) -> Shapes:
     if node.problem is not None:
         raise node.problem
     assert node.spec is not None
@@ -74,10 +79,43 @@ def _tops(shaped: Shaped, index: int, node: Node, given: dict[str, Shape]) -> Sh
     if node.spec.source:
         own = zip(node.layer.tops, node.params.shapes, strict=True)
         shapes = tuple(tuple(given[name]) if name in given else shape for name, shape in own)
-        return node.spec.infer(replace(node.params, shapes=shapes), ())
-    bottoms = shaped.bottoms(index)
-    tops = node.spec.infer(node.params, bottoms)
-    learnt = node.spec.blobs(node.params, bottoms)
-    if len(node.layer.param_specs) > len(learnt):
-        raise ShapeError(f"has {len(node.layer.param_specs)} param blocks for {len(learnt)} learnt blobs")
+        tops = node.spec.infer(replace(node.params, shapes=shapes), ())
+        learnt: Shapes = ()
+    else:
+        bottoms = shaped.bottoms(index)
+        tops, learnt = node.spec.infer(node.params, bottoms), node.spec.blobs(node.params, bottoms)
+        if len(node.layer.param_specs) > len(learnt):
+            raise ShapeError(f"has {len(node.layer.param_specs)} param blocks for {len(learnt)} learnt blobs")
+    for what, shapes in (("top", tops), ("learnt blob", learnt)):
+        for i, shape in enumerate(shapes):
+            _check_blob(shape, f"{what} {i}")
+    _check_shared(node, learnt, owners)
     return tops
+
+
+def _check_shared(node: Node, learnt: Shapes, owners: dict[str, tuple[str, Shape]]) -> None:
+    """Raise ShapeError where a learnt blob does not fit the one of another layer whose param name it bears."""
+    for i, (spec, shape) in enumerate(zip(node.layer.param_specs, learnt, strict=False)):
+        if not spec.name:
+            continue
+        owner, other = owners.setdefault(spec.name, (node.name, shape))
+        if shape != other and not (spec.permissive and size(shape) == size(other)):
+            raise ShapeError(
+                f'learnt blob {i} of shape {text(shape)} cannot share param "{spec.name}" of layer "{owner}",'
+                f" {text(other)}"
+            )
+
+
+def _check_blob(shape: Shape, what: str) -> None:
+    """Raise ShapeError where no blob of Caffe's can have a shape."""
+    if len(shape) > _MOST_AXES:
+        raise ShapeError(f"{what} has {len(shape):,} axes, Caffe takes at most {_MOST_AXES}")
+    count = 1
+    for dim in shape:
+        if dim < 0:
+            raise ShapeError(f"{what} has the shape {text(shape)}, a dimension is negative")
+        if count and dim > _MOST_NUMBERS // count:
+            raise ShapeError(
+                f"{what} has the shape {text(shape)}; Caffe takes at most {_MOST_NUMBERS:,} numbers"
+            )
+        count *= dim

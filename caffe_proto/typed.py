@@ -18,6 +18,12 @@ from .text import Document, Field, Message, Scalar, integer
 
 # Fields, outside BVLC's schema or deprecated in it, that are known not to change what a layer computes.
 HARMLESS = {
+    ("NetParameter", "default_forward_type"),
+    ("NetParameter", "default_backward_type"),
+    ("NetParameter", "default_forward_math"),
+    ("NetParameter", "default_backward_math"),
+    ("NetParameter", "global_grad_scale"),
+    ("NetParameter", "global_grad_scale_adaptive"),
     ("LayerParameter", "display"),
     ("LayerParameter", "connectivity_mode"),
     ("ConvolutionParameter", "conv_mode"),

@@ -3,7 +3,8 @@
 A caffemodel is walked, not parsed: each layer is a span of the map, its blobs are read-only float32
 views made when first asked for, and a layer nobody replaced is written back as the bytes it was.
 V2 ``layer``, V1 ``layers`` and V0 ``layers { layer }`` are read; shapes as BlobShape or the legacy
-num, channels, height, width; data packed, unpacked, in several runs, or as ``double_data``.
+num, channels, height, width; data packed, unpacked, in several runs, as ``double_data``, or as NVIDIA's
+``raw_data`` of double, single or half precision.
 """
 
 from __future__ import annotations
@@ -54,7 +55,15 @@ V2 = Dialect("V2", 100, 1, 2, 3, 4, 7)
 V1 = Dialect("V1", 2, 4, 5, 2, 3, 6)
 _V0_LAYER, _V0_NAME, _V0_BLOBS = 1, 1, 50
 _DATA, _SHAPE, _DOUBLE = 5, 7, 8
+_RAW_TYPE, _RAW = 10, 12  # NVIDIA's fork
+_RAW_DTYPES = {0: "<f8", 1: "<f4", 2: "<f2"}  # NumericType
 _LEGACY_AXES = (1, 2, 3, 4)
+_MOST_AXES, _LARGEST_DIM = 32, 2**31 - 1  # of one of Caffe's blobs
+_MOST_RUNS = 4096
+_DEEPEST = 100  # groups of HDF5 within groups: the parts of a layer's name
+_MOST_PARTS = 500_000  # fields and blobs of a caffemodel; real ones have some thousands
+_TOO_MANY = f"more than {_MOST_PARTS:,} fields and blobs"
+_MOST_RATIO, _SMALL = 64, 2**20  # how far HDF5 may pack numbers, of data sets that are not small, in bytes
 
 
 class MappedFile(mmap.mmap):
@@ -145,8 +154,8 @@ class Hdf5Entry(Entry):
     @cached_property
     def blobs(self) -> Blobs:
         try:
-            return tuple(_frozen(np.asarray(dataset[()], np.float32)) for dataset in self.datasets)
-        except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+            return tuple(_read_dataset(dataset) for dataset in self.datasets)
+        except (OSError, RuntimeError, TypeError, ValueError, MemoryError, OverflowError) as error:
             raise CaffemodelError(f"cannot be read ({error})", path=self.path, layer=self.name) from error
 
 
@@ -309,15 +318,19 @@ def load(path: str | Path) -> Weights:
 def _load_mapped(buffer: MappedFile, path: str) -> Weights:
     pieces: list[Piece] = []
     dialect = V2
-    layers = 0
+    layers, left = 0, _MOST_PARTS
     try:
         for field in wire.fields(buffer, 0, len(buffer)):
             found = next((d for d in (V2, V1) if d.field == field.number and field.kind == BYTES), None)
+            left -= 1
+            if left < 0:
+                raise WireError(_TOO_MANY, field.start)
             if found is None:
                 pieces.append(Raw(buffer, field.start, field.end))
                 continue
             dialect, layers = found, layers + 1
-            name, spans = _layer(buffer, field, found)
+            name, spans = _layer(buffer, field, found, left)
+            left -= len(spans)
             if spans:
                 pieces.append(MappedEntry(name, buffer, field.start, field.end, spans, path))
             else:
@@ -337,9 +350,9 @@ def _broken(buffer: MappedFile, layers: int, error: WireError) -> str:
 
 
 def _layer(
-    buffer: MappedFile, field: wire.WireField, dialect: Dialect
+    buffer: MappedFile, field: wire.WireField, dialect: Dialect, most: int
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Name and blob spans of one layer message, V0's nested form included."""
+    """Name and at ``most`` so many blob spans of one layer message, V0's nested form included."""
     name = ""
     spans: list[tuple[int, int]] = []
     for inner in wire.fields(buffer, field.at, field.end):
@@ -348,14 +361,20 @@ def _layer(
         if inner.number == dialect.layer_name:
             name = _name(buffer, inner)
         elif inner.number == dialect.blobs:
-            spans.append((inner.at, inner.end))
+            _append(spans, inner, most)
         elif dialect is V1 and inner.number == _V0_LAYER:
             for old in wire.fields(buffer, inner.at, inner.end):
                 if old.number == _V0_NAME and old.kind == BYTES:
                     name = _name(buffer, old)
                 elif old.number == _V0_BLOBS and old.kind == BYTES:
-                    spans.append((old.at, old.end))
+                    _append(spans, old, most)
     return name, tuple(spans)
+
+
+def _append(spans: list[tuple[int, int]], blob: wire.WireField, most: int) -> None:
+    if len(spans) >= most:
+        raise WireError(_TOO_MANY, blob.start)
+    spans.append((blob.at, blob.end))
 
 
 def _name(buffer: MappedFile, field: wire.WireField) -> str:
@@ -367,8 +386,9 @@ def _read_blob(buffer: MappedFile, start: int, end: int) -> np.ndarray:
     """One BlobProto as a read-only float32 array; a view of the map where its data is one packed run."""
     legacy: dict[int, int] = {}
     dims: list[int] = []
-    singles: list[np.ndarray] = []
-    doubles: list[np.ndarray] = []
+    singles, doubles = _Runs(), _Runs()
+    raw: wire.WireField | None = None
+    raw_type = -1
     position = start
     while position < end:
         field = next(wire.fields(buffer, position, end))
@@ -376,22 +396,61 @@ def _read_blob(buffer: MappedFile, start: int, end: int) -> np.ndarray:
         if field.number in _LEGACY_AXES and field.kind == VARINT:
             legacy[field.number] = field.value
         elif field.number == _SHAPE and field.kind == BYTES:
-            dims += _dims(buffer, field.at, field.end)
+            dims = (dims + _dims(buffer, field.at, field.end))[: _MOST_AXES + 1]
         elif field.number == _DATA and field.kind == BYTES:
-            singles.append(_packed(buffer, field.at, field.end, "<f4"))
+            singles.add(_packed(buffer, field.at, field.end, "<f4"))
         elif field.number == _DOUBLE and field.kind == BYTES:
-            doubles.append(_packed(buffer, field.at, field.end, "<f8"))
+            doubles.add(_packed(buffer, field.at, field.end, "<f8"))
         elif (field.number, field.kind) in ((_DATA, FIXED32), (_DOUBLE, FIXED64)):
             run, position = _unpacked(buffer, field, end)
-            (singles if field.kind == FIXED32 else doubles).append(run)
+            (singles if field.kind == FIXED32 else doubles).add(run)
+        elif field.number == _RAW_TYPE and field.kind == VARINT:
+            raw_type = field.value
+        elif field.number == _RAW and field.kind == BYTES:
+            raw = field
+    if raw is not None:
+        doubles.add(_raw(buffer, raw, raw_type))
     shape = tuple(legacy.get(axis, 0) for axis in _LEGACY_AXES) if legacy else tuple(dims)
-    pieces = doubles if any(run.size for run in doubles) else singles
-    data = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
+    if len(shape) > _MOST_AXES:
+        raise ValueError(f"a blob of more than the {_MOST_AXES} axes that Caffe takes")
+    data = (doubles if doubles.size else singles).joined()
+    text = " x ".join(map(str, shape)) or "a single number"
     if data.size != prod(shape):
-        text = " x ".join(map(str, shape)) or "a single number"
         raise ValueError(f"a blob of shape {text} ({prod(shape):,}) holds {data.size:,} numbers")
+    if any(dim > _LARGEST_DIM for dim in shape):
+        raise ValueError(f"a blob of shape {text}; no axis of Caffe's is that long")
     with np.errstate(over="ignore"):  # a double beyond float32 is infinite, as in Caffe
         return _frozen(data.astype(np.float32, copy=False).reshape(shape))
+
+
+def _raw(buffer: MappedFile, field: wire.WireField, kind: int) -> np.ndarray:
+    """NVIDIA's form of the numbers: bytes of a type that stands beside them, half precision among others."""
+    if kind not in _RAW_DTYPES:
+        raise ValueError(f"raw data of NumericType {kind}, which is no floating-point type")
+    return _packed(buffer, field.at, field.end, _RAW_DTYPES[kind])
+
+
+class _Runs:
+    """Runs of numbers, one behind the other; many small ones are joined on the way, so that none costs an array."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._runs: list[np.ndarray] = []
+        self._joined = 0
+
+    def add(self, run: np.ndarray) -> None:
+        """Append a run."""
+        self.size += run.size
+        self._runs.append(run)
+        if len(self._runs) - self._joined > _MOST_RUNS:
+            self._runs[self._joined :] = [np.concatenate(self._runs[self._joined :])]
+            self._joined += 1
+
+    def joined(self) -> np.ndarray:
+        """All numbers; the run itself where there is but one."""
+        return (
+            self._runs[0] if len(self._runs) == 1 else np.concatenate([np.empty(0, np.float32), *self._runs])
+        )
 
 
 def _packed(buffer: MappedFile, start: int, end: int, dtype: str) -> np.ndarray:
@@ -416,13 +475,13 @@ def _unpacked(buffer: MappedFile, first: wire.WireField, end: int) -> tuple[np.n
 def _dims(buffer: MappedFile, start: int, end: int) -> list[int]:
     dims: list[int] = []
     for field in wire.fields(buffer, start, end):
-        if field.number != 1:
+        if field.number != 1 or len(dims) > _MOST_AXES:
             continue
         if field.kind == VARINT:
             dims.append(field.value)
         else:
             position = field.at
-            while position < field.end:
+            while position < field.end and len(dims) <= _MOST_AXES:
                 value, position = wire.varint(buffer, position, field.end)
                 dims.append(value)
     return dims
@@ -431,6 +490,18 @@ def _dims(buffer: MappedFile, start: int, end: int) -> list[int]:
 def _frozen(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
+
+
+def _read_dataset(dataset: h5py.Dataset) -> np.ndarray:
+    """A data set as a read-only float32 array; raises ValueError where it is none, or hardly any of it is stored."""
+    if dataset.shape is None or dataset.dtype.kind not in "fiu":
+        raise ValueError(f'data set "{dataset.name}" holds no numbers')
+    stored = dataset.id.get_storage_size()
+    if dataset.nbytes > max(_SMALL, _MOST_RATIO * stored):
+        raise ValueError(
+            f'data set "{dataset.name}" is to hold {dataset.nbytes:,} bytes, {stored:,} are stored'
+        )
+    return _frozen(np.asarray(dataset[()], np.float32))
 
 
 def _load_hdf5(path: str | Path) -> Weights:
@@ -442,6 +513,8 @@ def _load_hdf5(path: str | Path) -> Weights:
         found: dict[str, dict[int, h5py.Dataset]] = {}
 
         def visit(name: str, item: object) -> None:
+            if name.count("/") > _DEEPEST:
+                raise ValueError(f"groups are nested more than {_DEEPEST} deep")
             layer, _, index = name.rpartition("/")
             if isinstance(item, h5py.Dataset) and layer and index.isascii() and index.isdigit():
                 found.setdefault(layer, {})[int(index)] = item

@@ -143,7 +143,8 @@ def fit_features(
         ValueError: see `fit`.
     """
     data, held_out = _divide(F, Y, options)
-    activation = _activation(options.get("activation", "relu"), options.get("slope"), Y.shape[1])
+    name = options.get("activation", "relu")
+    activation = _activation(name, options.get("slope"), Y.shape[1])
     common = _Common(
         rank,
         prior,
@@ -154,7 +155,7 @@ def fit_features(
     )
     problem = _Problem(data, common)
     best = _Best(_Judge(problem, held_out), problem.start)
-    phases = [] if isinstance(activation, _Identity) else list(options.get("schedule", SCHEDULE))
+    phases = [] if name == "none" else list(options.get("schedule", SCHEDULE))
     _check_schedule(phases, common.parts)
     current = problem.start
     for penalty, iterations in phases:
@@ -372,14 +373,6 @@ class _Activation(Protocol):
         """``z - t`` into `out`, z the minimum of ``(target - r(z))^2 + penalty (z - t)^2``; `work` is scratch."""
 
 
-class _Identity:
-    def apply(self, t: Samples, out: Samples) -> None:
-        out[:] = t
-
-    def step(self, t: Samples, target: Samples, penalty: float, out: Samples, work: Samples) -> None:
-        raise NotImplementedError("without an activation the linear fit is the answer")
-
-
 class _Relu:
     """z is ``(penalty t + a) / (penalty + 1)`` above ``t = -a (sqrt(1 + 1 / penalty) - 1)``, else t.
 
@@ -419,14 +412,15 @@ class _Relu6:
 class _Leaky:
     """Slope s below zero: the better of the branches z >= 0 and z <= 0, each a parabola cut at zero."""
 
-    def __init__(self, slope: Samples) -> None:
-        self._slope = slope
+    def __init__(self, slope: float | Samples) -> None:
+        self._slope = np.asarray(slope)
 
     def apply(self, t: Samples, out: Samples) -> None:
-        np.multiply(t, np.where(t < 0, self._slope, 1.0), out=out)
+        np.multiply(t, self._slope.astype(t.dtype), out=out)
+        np.copyto(out, t, where=t > 0)
 
     def step(self, t: Samples, target: Samples, penalty: float, out: Samples, work: Samples) -> None:
-        s = self._slope
+        s = self._slope.astype(t.dtype)
         up = np.maximum((target + penalty * t) / (1 + penalty), 0)
         down = np.minimum((s * target + penalty * t) / (s * s + penalty), 0)
         up_cost = (target - up) ** 2 + penalty * (up - t) ** 2
@@ -438,8 +432,8 @@ def _activation(name: str, slope: float | Samples | None, d: int) -> _Activation
     if name in ("leaky", "prelu"):
         if slope is None or np.shape(slope) not in ((), (d,)):
             raise ValueError(f'activation "{name}" needs a slope: a number, or one for each of {d} channels')
-        return _Leaky(np.asarray(slope, dtype=np.float64))
-    plain: dict[str, _Activation] = {"relu": _Relu(), "relu6": _Relu6(), "none": _Identity()}
+        return _Leaky(slope)
+    plain: dict[str, _Activation] = {"relu": _Relu(), "relu6": _Relu6(), "none": _Leaky(1.0)}
     if name not in plain:
         raise ValueError(f'activation "{name}" is none of {", ".join([*plain, "leaky", "prelu"])}')
     if slope is not None:

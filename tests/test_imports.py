@@ -112,7 +112,8 @@ def test_numerics_know_no_caffe() -> None:
     numerics = [
         name
         for name in known
-        if name.startswith("lra.schemes") or name in ("lra.linalg", "lra.decomposition", "lra.ranks")
+        if name.startswith("lra.schemes")
+        or name in ("lra.linalg", "lra.stats", "lra.nonlinear", "lra.decomposition", "lra.ranks")
     ]
     for name in numerics:
         assert not any(one.startswith("caffe_proto") for one in imported(name, known[name], known)), name

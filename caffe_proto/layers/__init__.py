@@ -5,10 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
-from . import conv, dense, ends, indexing, loss, norm, pointwise, pool, recurrent, reduce, shape, softmax
+from . import (
+    channelwise,
+    conv,
+    dense,
+    detection,
+    ends,
+    indexing,
+    loss,
+    norm,
+    planes,
+    pointwise,
+    pool,
+    recurrent,
+    reduce,
+    shape,
+    softmax,
+    ssd,
+    variants,
+)
 from .spec import LayerSpec
 
-_FAMILIES = (conv, dense, pool, norm, pointwise, shape, softmax, reduce, indexing, recurrent, loss, ends)
+_FAMILIES = (
+    conv, dense, pool, norm, pointwise, shape, softmax, reduce, indexing, recurrent, loss, ends,
+    ssd, detection, variants, planes, channelwise,
+)  # fmt: skip
 
 
 def merge(families: tuple[ModuleType, ...]) -> Mapping[str, LayerSpec]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..errors import NetError, ShapeError
 from ..typed import Typed
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shape, Shapes
+from .spec import Channels, LayerSpec, Request, Shape, Shapes, text
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def _infer(p: SourceParams, _bottoms: Shapes) -> Shapes:
         if shape is None:
             raise ShapeError(p.why, hint="give it with --input-shape BLOB=N,C,H,W")
         if any(dim < 0 for dim in shape):
-            raise ShapeError(f"a dimension of {shape} is negative")
+            raise ShapeError(f"a dimension of {text(shape)} is negative")
     return tuple(shape for shape in p.shapes if shape is not None)
 
 

@@ -188,17 +188,40 @@ def _lrn_infer(_p: LrnParams, bottoms: Shapes) -> Shapes:
 
 
 def _lrn(e: Emitter, p: LrnParams) -> None:
-    """x*(k + alpha/size * sum x²)^-beta over channels; within one, x*(1 + alpha * mean x²)^-beta (k ignored)."""
-    x, to = e.inputs[0], e.outputs[0]
-    if not p.within:
-        e.node("LRN", x, to=to, size=p.size, alpha=p.alpha, beta=p.beta, bias=p.k)
-        return
+    """x / (k + alpha/size * sum x²)^beta over channels; within one, x / (1 + alpha * mean x²)^beta (k ignored).
+
+    Not ONNX's LRN: onnxruntime's kernel takes several times as long as these nodes together.
+    """
+    square = e.node("Mul", e.inputs[0], e.inputs[0])
+    inner = _energy_within(e, p, square) if p.within else _energy_across(e, p, square)
+    e.node("Div", e.inputs[0], _power(e, inner, p.beta), to=e.outputs[0])
+
+
+def _energy_across(e: Emitter, p: LrnParams, square: str) -> str:
+    """k + alpha/size * the sum of ``square`` over neighbouring channels: a convolution along axis 1."""
+    axes, pad = e.ints([1], "axes"), (p.size - 1) // 2
+    window = e.const(np.full((1, 1, p.size, 1, 1), p.alpha / p.size), "window")
+    geometry: dict[str, Any] = {"kernel_shape": (p.size, 1, 1), "pads": (pad, 0, 0, pad, 0, 0)}
+    summed = e.node("Conv", e.node("Unsqueeze", square, axes), window, e.const([p.k], "k"), **geometry)
+    return e.node("Squeeze", summed, axes)
+
+
+def _energy_within(e: Emitter, p: LrnParams, square: str) -> str:
+    """1 + alpha * the mean of ``square`` over a window of the image, the padding counted."""
     pad = (p.size - 1) // 2
-    square = e.node("Mul", x, x)
     window: dict[str, Any] = {"kernel_shape": (p.size, p.size), "pads": (pad,) * 4, "count_include_pad": 1}
     mean = e.node("AveragePool", square, **window)
-    inner = e.node("Add", e.node("Mul", mean, e.const(p.alpha, "alpha")), e.const(1.0, "one"))
-    e.node("Mul", x, e.node("Pow", inner, e.const(-p.beta, "power")), to=to)
+    return e.node("Add", e.node("Mul", mean, e.const(p.alpha, "alpha")), e.const(1.0, "one"))
+
+
+def _power(e: Emitter, base: str, power: float) -> str:
+    """``base`` to that power; 3/4, which nets use, from square roots, as Pow is slow."""
+    if power == 1:
+        return base
+    if power not in (0.5, 0.75):
+        return e.node("Pow", base, e.const(power, "power"))
+    root = e.node("Sqrt", base)
+    return root if power == 0.5 else e.node("Mul", root, e.node("Sqrt", root))
 
 
 SPECS = {

@@ -165,6 +165,8 @@ def _levels(p: SppParams, shape: Shape) -> list[tuple[pool.PoolParams, Shape]]:
     """
     if len(shape) != 4:
         raise ShapeError(f"SPP needs a bottom of 4 axes, found {text(shape)}")
+    if 0 in shape[2:]:
+        raise ShapeError(f"SPP needs an image, the bottom {text(shape)} has none")
     levels = []
     for bins in (2**level for level in range(p.height)):
         kernel = (-(-shape[2] // bins), -(-shape[3] // bins))

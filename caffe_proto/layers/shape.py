@@ -69,9 +69,10 @@ def _slice_infer(p: SliceParams, bottoms: Shapes) -> Shapes:
         )
     if p.points and p.points[-1] >= total:
         raise ShapeError(f"slice_point {p.points[-1]} lies behind the {total} of axis {at}")
-    step = total // p.n_tops
-    edges = (0, *p.points, total) if p.points else tuple(range(0, total + 1, step))
-    parts = (high - low for low, high in pairwise(edges))
+    if p.points:
+        parts = [high - low for low, high in pairwise((0, *p.points, total))]
+    else:
+        parts = [total // p.n_tops] * p.n_tops
     return tuple((*shape[:at], part, *shape[at + 1 :]) for part in parts)
 
 
@@ -121,6 +122,10 @@ def _read_reshape(request: Request) -> ReshapeParams:
     if request.layer.bottoms == request.layer.tops:
         raise NetError("Reshape does not work in place; give its top another name")
     dims = p["shape"]["dim"]
+    if len(dims) > _MOST_AXES:
+        raise NetError(
+            f"shape has {len(dims):,} dims, Caffe takes at most {_MOST_AXES}", line=p.line("shape")
+        )
     if dims.count(-1) > 1 or any(dim < -1 for dim in dims):
         raise NetError(f"shape {dims} may hold -1 once, and nothing below", line=p.line("shape"))
     return ReshapeParams(dims, p["axis"], at_least(p["num_axes"], -1, "num_axes"))
@@ -248,6 +253,7 @@ def _split_infer(n_tops: int, bottoms: Shapes) -> Shapes:
     return (bottoms[0],) * n_tops
 
 
+_MOST_AXES = 32  # of one of Caffe's blobs
 VIEW = "(view)"  # a node the graph adds where memory is shared; no prototxt can name it
 
 SPECS = {

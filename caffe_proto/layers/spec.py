@@ -24,6 +24,8 @@ Shapes = tuple[Shape, ...]
 Arrays = tuple[np.ndarray, ...]
 Affine = tuple[np.ndarray, np.ndarray]
 
+_MOST_SHOWN = 32  # axes of a shape in a message
+
 
 class Channels(Enum):
     """How a layer's output channels relate to those of its bottoms; pruning follows these."""
@@ -86,7 +88,8 @@ class LayerSpec:
     the tops share the memory of the first bottom, as Caffe's Split, Flatten and Reshape do. ``source`` says
     that the tops are fed from outside, ``any_fields`` that fields it does not know cannot change the result, ``loss`` that Caffe adds an unnamed top and a loss_weight of 1 where the
     net gives none. ``blobs`` gives the shapes a caffemodel must hold. ``affine`` gives (scale, shift), float64
-    of (channels,) each, where the layer is x*scale + shift along axis 1, else None.
+    of (channels,) each, where the layer is x*scale + shift along axis 1, else None. ``open_axes`` are axes of
+    the tops whose size is known only when the net has run.
     """
 
     infer: Callable[[Any, Shapes], Shapes]
@@ -103,6 +106,14 @@ class LayerSpec:
     source: bool = False
     any_fields: bool = False
     loss: bool = False
+    open_axes: tuple[int, ...] = ()
+
+
+def fork_fields(block: str, message: str = "LayerParameter") -> frozenset[str]:
+    """A parameter block of a fork and all fields in it, for ``LayerSpec.understood``."""
+    inner = field_info(message)[block]
+    names = field_info(inner.type) if inner.kind == "message" else {}
+    return frozenset({block}).union(*(fork_fields(name, inner.type) for name in names))
 
 
 def same(_params: Any, bottoms: Shapes) -> Shapes:
@@ -132,8 +143,9 @@ def around(shape: Shape, axis: int) -> Shape:
 
 
 def text(shape: Sequence[int]) -> str:
-    """A shape as people write it."""
-    return " x ".join(map(str, shape)) if shape else "()"
+    """A shape as people write it, cut off where it is absurdly long."""
+    more = [f"... ({len(shape):,} axes)"] if len(shape) > _MOST_SHOWN else []
+    return " x ".join([*map(str, shape[:_MOST_SHOWN]), *more]) if shape else "()"
 
 
 def spatial_pair(typed: Typed, name: str, default: int, *, both: str | None = None) -> tuple[int, int]:
