@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .data.transform import Transform
     from .errors import FileError
     from .evaluation import Accuracy, Evaluation, Share, Subject
+    from .layers.spec import Shape
+    from .model import Model
 
 
 def _size(_context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -35,8 +37,10 @@ def _size_option(name: str, text: str) -> Callable[[Callable[..., Any]], Callabl
     return click.option(name, callback=_size, metavar="N|H,W", help=text)
 
 
-def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--images and what is done to them before the net."""
+def image_options(
+    function: Callable[..., Any], required: bool = True, n_images: int | None = None
+) -> Callable[..., Any]:
+    """--images and what is done to them before the net; ``n_images`` is the default of --n-images."""
     for option in (
         click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, and name them."),
         click.option(
@@ -47,15 +51,29 @@ def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
         _size_option("--crop", "Centre crop; default: the net's crop_size, else its input size."),
         click.option("--scale", type=float, help="Factor after the mean."),
         click.option("--mean", metavar="B,G,R|FILE", help="What is subtracted: numbers, .npy or .binaryproto."),
-        click.option("--n-images", type=click.IntRange(1), help="So many images, drawn by --seed; default: all."),
+        click.option(
+            "--n-images", type=click.IntRange(1), default=n_images,
+            help=f"So many images, drawn by --seed; default: {n_images or 'all'}.",
+        ),
         click.option("--root", metavar="FOLDER", help="Folder of a list's paths; default: the list's own."),
         click.option(
-            "--images", required=True, metavar="SRC",
+            "--images", required=required, metavar="SRC",
             help="A folder of class folders, a list file, an LMDB, HDF5, .npz, MNIST's idx files or CIFAR's batches.",
         ),
     ):  # fmt: skip
         function = option(function)
     return function
+
+
+def prepared(
+    model: Model, shape: Shape | None, mean: str | None, scale: float | None,
+    crop: tuple[int, int] | None, resize: tuple[int, int] | None, bgr: bool | None,
+) -> Transform:  # fmt: skip
+    """What the net's transform_param says, and the options over it."""
+    from .data.transform import Settings, for_net
+
+    order = None if bgr is None else "bgr" if bgr else "rgb"
+    return for_net(model.net, Settings(mean, scale, crop, resize, order), shape)  # type: ignore[arg-type]
 
 
 @click.command(name="eval")
@@ -85,13 +103,11 @@ def eval_(
     """
     from .data import open_source
     from .data.batches import Batches
-    from .data.transform import Settings, for_net
     from .evaluation import Subject, evaluate, input_shape
 
     model = console.load_model(net, weights, phase, stages, level)
     shape = input_shape(model, input_shapes)
-    order = None if bgr is None else "bgr" if bgr else "rgb"
-    transform = for_net(model.net, Settings(mean, scale, crop, resize, order), shape)  # type: ignore[arg-type]
+    transform = prepared(model, shape, mean, scale, crop, resize, bgr)
     subject = Subject(model, output, threads)
     other = None if reference is None else _reference(reference, subject, threads, phase, stages, level)
     with open_source(images, root=root, resize=transform.resize, color=transform.color) as source:

@@ -23,6 +23,6 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    if name in ("linalg", "ranks", "schemes", "decomposition"):
+    if name in ("decomposition", "linalg", "nonlinear", "ranks", "schemes", "stats"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

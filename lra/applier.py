@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caffe_proto.costs import cost as count
 from caffe_proto.errors import PlanError, UsageError
@@ -16,14 +16,14 @@ from caffe_proto.rewrite import Namer, Replace
 from caffe_proto.rewrite import apply as rewrite
 from caffe_proto.shape_inference import InputShapes, infer
 
-from .calibration import Calibration
 from .decomposition import Step, StepShape
-from .fitting import fit_layers
 from .plan import LayerPlan, Plan
-from .responses import Fitted
 from .schemes import SCHEMES
 from .styles import STYLES, new_layers, renamed_tops
 from .targets import Found, Spectra, Target, find
+
+if TYPE_CHECKING:
+    from .responses import Fitted
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def apply(
     model: Model,
     *,
     images: Any = None,
+    step: Callable[[], None] = lambda: None,
     force: bool = False,
     sibling: bool = False,
     input_shapes: InputShapes | None = None,
@@ -71,7 +72,7 @@ def apply(
     is another form of the one the plan was made for (its train_val), so only the weights must be the plan's.
 
     A plan that fits responses needs the ``images`` it was made with: a Calibration, an array (N, C, H, W) as the
-    net wants it, or arrays by blob.
+    net wants it, or arrays by blob. ``step`` is called as the fitting goes on: one call more than layers.
 
     Raises PlanError where the plan was made for other files (unless ``force``) or names layers that the net
     lacks, UsageError on a rank a layer cannot have.
@@ -79,7 +80,7 @@ def apply(
     plan.check(model, force=force, sibling=sibling)
     found = found or find(model, input_shapes)
     here = _Place(found, spectra or Spectra(found))
-    fitted = _fitted(plan, here, images, force)
+    fitted = _fitted(plan, here, images, force, step)
     style = STYLES.get(str(plan.target.get("style", "default")))
     if style is None:
         raise PlanError(f'there is no style "{plan.target["style"]}"', hint="known: " + ", ".join(STYLES))
@@ -103,16 +104,21 @@ def apply(
     return changed, _report(plan, found, changed, edits, errors, set(fitted), input_shapes)
 
 
-def _fitted(plan: Plan, place: _Place, images: Any, force: bool) -> dict[str, Fitted]:
+def _fitted(
+    plan: Plan, place: _Place, images: Any, force: bool, step: Callable[[], None]
+) -> dict[str, Fitted]:
     """The layers that the plan wants fitted to responses; nothing where it wants none, or there are no weights."""
     wanted = plan.target.get("fit")
     if not wanted or place.found.model.weights is None:
         return {}
+    from .calibration import Calibration  # brings onnxruntime, which the weights alone do not need
+    from .fitting import fit_layers
+
     if images is None:
         raise UsageError("the plan fits responses", hint="give the images it was made with (--images)")
     calibration = Calibration.of(place.found.shaped.graph, images)
     calibration.check(wanted, force=force)
-    return fit_layers(plan, place.found, place.spectra, calibration)
+    return fit_layers(plan, place.found, place.spectra, calibration, step)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from click.core import ParameterSource
 import caffe_proto
 from caffe_proto import console
 from caffe_proto.cli import COMMANDS as CAFFE_COMMANDS
+from caffe_proto.cli_data import image_options, prepared
 from caffe_proto.console import (
     input_shape_option,
     json_option,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from caffe_proto.model import Model
 
     from .applier import Report
+    from .calibration import Calibration
     from .plan import Plan
     from .targets import Found, Spectra
 
@@ -86,6 +88,15 @@ def _names(values: Sequence[str]) -> list[str]:
             raise PlanError('must be a JSON list of layer names ["ip2"]', path=value)
         names += found
     return names
+
+
+def _calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--images and its companions: with images the second layer of every chain is fitted to responses."""
+    positions = click.option(
+        "--positions", type=click.IntRange(1), default=10, show_default=True,
+        help="With --images: places of each image at which responses are sampled.",
+    )  # fmt: skip
+    return image_options(positions(function), required=False, n_images=2000)
 
 
 @cli.command()
@@ -150,6 +161,7 @@ def _names(values: Sequence[str]) -> list[str]:
     metavar="X.npy|random",
     help="Run both nets on this input and print how far their outputs are apart.",
 )
+@_calibration_options
 @click.option("--onnx", is_flag=True, help="Also write PREFIX.onnx.")
 @click.option("--time", "time_it", is_flag=True, help="Also time both nets with onnxruntime.")
 @threads_option
@@ -191,6 +203,16 @@ class _Decompose:
     force: bool
     plan_only: bool
     compare: str | None
+    images: str | None
+    root: str | None
+    n_images: int
+    mean: str | None
+    scale: float | None
+    crop: tuple[int, int] | None
+    resize: tuple[int, int] | None
+    bgr: bool | None
+    skip_bad: bool
+    positions: int
     onnx: bool
     time_it: bool
     threads: int
@@ -209,14 +231,23 @@ class _Decompose:
         self._check()
         model = console.load_model(self.net, self.weights, self.phase, self.stages, self.level)
         found = find(model, self.input_shapes)
+        images = self._calibration(model) if self.images is not None else None
         with console.progress("factoring", len(found.targets)) as step:
             spectra = Spectra(found, step)
-            plan = self._plan(model, found, spectra)
+            plan = self._plan(model, found, spectra, images)
             if self.plan_only:
                 self._print_plan(plan)
                 return
+        with console.progress("fitting", len(plan.layers) + 1) as step:
             changed, report = apply(
-                plan, model, force=self.force, input_shapes=self.input_shapes, found=found, spectra=spectra
+                plan,
+                model,
+                images=images,
+                step=step,
+                force=self.force,
+                input_shapes=self.input_shapes,
+                found=found,
+                spectra=spectra,
             )
         reference = self._reference(model) if self.compare else None  # what can fail comes before the writing
         subjects = self._subjects(model, changed) if self.time_it else []
@@ -241,6 +272,19 @@ class _Decompose:
             self._refuse({"scope"}, "only goes with --speedup")
         else:
             self._refuse({"even_if_slower"}, "does not go with --speedup, which takes only what is cheaper")
+        if self.images is None:
+            companions = {
+                "root",
+                "n_images",
+                "mean",
+                "scale",
+                "crop",
+                "resize",
+                "bgr",
+                "skip_bad",
+                "positions",
+            }
+            self._refuse(companions, "only goes with --images")
         if self.plan_file is None:
             self._refuse({"force"}, "only goes with --plan")
         if self.ranks is not None or self.rank_config is not None:
@@ -251,7 +295,41 @@ class _Decompose:
         for name in sorted(options & self.said):
             raise UsageError(f"--{name.rstrip('_').replace('_', '-')} {why}")
 
-    def _plan(self, model: Model, found: Found, spectra: Spectra) -> Plan:
+    def _calibration(self, model: Model) -> Calibration:
+        """The images as the net wants them, all in memory."""
+        import numpy as np
+
+        from caffe_proto.data import open_source
+        from caffe_proto.data.batches import Batches
+        from caffe_proto.evaluation import image_input, input_shape
+        from caffe_proto.graph import build
+
+        from .calibration import Calibration
+
+        shape = input_shape(model, self.input_shapes)
+        transform = prepared(model, shape, self.mean, self.scale, self.crop, self.resize, self.bgr)
+        inputs = None if shape is None else shape[1:]
+        with open_source(
+            str(self.images), root=self.root, resize=transform.resize, color=transform.color
+        ) as source:
+            batches = Batches(
+                source,
+                transform,
+                n_images=self.n_images,
+                seed=self.seed,
+                shape=inputs,
+                skip_bad=self.skip_bad,
+            )
+            arrays = [batch.images for batch in batches]
+        for bad in batches.skipped:
+            click.echo(f"left out: {bad}", err=True)
+        if not arrays:
+            raise UsageError("none of its images can be read", path=self.images)
+        graph = build(model.net)
+        blob = graph.blob(image_input(graph))
+        return Calibration({blob: np.concatenate(arrays)}, self.positions, self.seed, self.threads)
+
+    def _plan(self, model: Model, found: Found, spectra: Spectra, images: Calibration | None) -> Plan:
         from caffe_proto.files import read_text
 
         from .plan import Plan
@@ -263,6 +341,8 @@ class _Decompose:
             if all(entry.scheme for entry in plan.layers.values()):
                 decided = {"scheme", "fc", "except_", "only", "round_to", "even_if_slower", "style"}
                 self._refuse(decided, "does not go with a plan that says everything")
+                if not plan.target.get("fit"):
+                    self._refuse({"images"}, "does not go with a plan that fits nothing to them")
                 return plan
             config = plan.layers
         elif self.rank_config is not None:
@@ -281,6 +361,7 @@ class _Decompose:
             round_to=self.round_to,
             style=self.style,
             even_if_slower=self.even_if_slower,
+            images=images,
             input_shapes=self.input_shapes,
             found=found,
             spectra=spectra,

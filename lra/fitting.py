@@ -7,6 +7,7 @@ and is undone from there, so those layers stay in the net.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,16 @@ Array = np.ndarray
 HELD_OUT = 0.1  # of the samples, the last images: they choose the iterate and give the error
 
 
-def fit_layers(plan: Plan, found: Found, spectra: Spectra, calibration: Calibration) -> dict[str, Fitted]:
+def fit_layers(
+    plan: Plan, found: Found, spectra: Spectra, calibration: Calibration, step: Callable[[], None]
+) -> dict[str, Fitted]:
     """Fit every layer of the plan that can be fitted, shallow to deep; the others are left to their weights."""
     jobs = [
         _job(found, spectra, found.targets[name], entry)
         for name, entry in plan.layers.items()
         if name in found.targets and can_fit(found, found.targets[name])
     ]
-    walker = calibration.walker(found)
+    walker = calibration.walker(found, step)
     samples = walker.sample([job.target for job in jobs])
     return walker.fit(jobs, samples, solve)
 

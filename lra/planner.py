@@ -15,7 +15,6 @@ from caffe_proto.net import nearest
 from caffe_proto.shape_inference import InputShapes
 
 from . import ranks as policy
-from .calibration import Calibration
 from .plan import LayerPlan, Plan
 from .ranks import Infeasible, Option
 from .schemes import SCHEMES
@@ -130,6 +129,8 @@ def make_plan(
         layers, target = job.by_config(targets, rank_config or {}), {"rank_config": True}
     target |= {"scheme": scheme, "style": style}
     if images is not None:
+        from .calibration import Calibration  # brings onnxruntime, which the weights alone do not need
+
         target["fit"] = Calibration.of(found.shaped.graph, images).record()
     if round_to > 1:
         target["round_to"] = round_to

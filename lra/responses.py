@@ -60,7 +60,8 @@ class Walker:
     """The two nets over one set of images.
 
     ``images``: source blob value -> (N, ...) as the net wants them. ``solve``: (features, job, following,
-    samples, shortcut of the approximated net) -> weight (d, m) over the features and bias (d,), and the error.
+    samples, shortcut of the approximated net) -> the fitted chain and its error. ``step`` is called once for the
+    pass of the original net and once for each fitted layer.
     """
 
     shaped: Shaped
@@ -114,7 +115,7 @@ class Walker:
                 kept[name][0][which] = here.take(made[main], start)
                 if other is not None:
                     kept[name][1][which] = here.take(made[other], start)
-            self.step()
+        self.step()
         return {
             name: Samples(places, kept[name][0], kept[name][1] if len(kept[name]) > 1 else None)
             for name, (places, _, _) in wanted.items()
@@ -130,9 +131,10 @@ class Walker:
                 filled[:] = x
                 store.put(value, filled)
             for job in sorted(jobs, key=lambda job: job.target.index):
-                advance(self.parts, store, job.target.index - 1, self.step)
+                advance(self.parts, store, job.target.index - 1)
                 fitted[job.target.name] = self._layer(store, job, samples[job.target.name], solve)
                 self._install(store, job.target, fitted[job.target.name].chain)
+                self.step()
         return fitted
 
     def _layer(self, store: Store, job: Job, samples: Samples, solve: Solver) -> Fitted:
@@ -182,7 +184,7 @@ class Walker:
         for start, stop in batches(self.n_images, self.batch):
             filled[start:stop] = runner(store[bottom][start:stop])
         store.put(value, filled)
-        advance(self.parts, store, target.index, self.step)
+        advance(self.parts, store, target.index)
 
 
 Solver = Callable[[Array, Job, Following, Samples, "Array | None"], Fitted]

@@ -6,7 +6,7 @@ so that the next layer's input is one part of the net away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def batches(n_images: int, size: int) -> Iterator[tuple[int, int]]:
         yield max(0, stop - size), stop
 
 
-def advance(parts: Segments, store: Store, index: int, step: Callable[[], None] = lambda: None) -> None:
+def advance(parts: Segments, store: Store, index: int) -> None:
     """Bring the stored values up to node ``index``: afterwards exactly the values alive behind it are stored."""
     wanted = parts.live(index)
     missing = [value for value in wanted if value not in store]
@@ -109,7 +109,6 @@ def advance(parts: Segments, store: Store, index: int, step: Callable[[], None] 
             given = {value: np.ascontiguousarray(store[value][start:stop]) for value in store.values}
             for value, array in parts.run(given, missing).items():
                 made[value][start:stop] = array
-            step()
         for value, array in made.items():
             store.put(value, array)
     for value in store.values:
