@@ -142,6 +142,8 @@ class _Builder:
         return Graph(tuple(self.nodes), final, self.net.path)
 
     def add(self, layer: Layer) -> None:
+        if layer.type == VIEW:  # ours alone; whoever walks the graph relies on it
+            raise UnsupportedError(f'layer type "{VIEW}" is not known')
         spec, params, problem = _understand(layer, self.net)
         inputs = tuple(self.content(name) for name in layer.bottoms)
         _refuse_repeated(layer.tops)

@@ -199,6 +199,7 @@ MANY = " ".join(["dim: 9223372036854775807"] * 100_000)
         ('layer { name: "a" type: "ReLU" bottom: "b" top: "a" } layer { name: "b" type: "ReLU" bottom: "a" top: "b" }',
          'bottom "b" is written by no layer above; layer "b", which comes no earlier, writes it'),
         ('layer { name: "a" type: "ReLU" bottom: "a" top: "a" }', 'bottom "a" is written by no layer above'),
+        (one("(view)", "", bottoms=2), 'layer type "\\(view\\)" is not known'),
         (one("ReLU", 'top: "out"'), 'names the top "out" twice'),
         ('layer { name: "a" type: "ReLU" bottom: "' + "x" * 1_000_000 + '" top: "y" }', "written by no layer"),
         (one("ReLU", 'type: "ReLU"').replace('"l"', r'"a\nb"'), '"type" is given twice'),
