@@ -86,16 +86,26 @@ def _without_blobs(buffer: Any, field: WireField, kind: str) -> tuple[bytes, tup
 
 
 def as_message(fields: Iterable[StoredField], path: str | None) -> Any:
-    """Stored fields as a NetParameter without blobs."""
+    """Stored fields as a NetParameter without blobs; raises CaffemodelError where a name is no text."""
     from google.protobuf.message import DecodeError
 
     raw = b"".join(
         wire.encode_bytes(one.number, one.payload) if one.is_layer else one.payload for one in fields
     )
     try:
-        return schema.message_class("NetParameter").FromString(raw)
-    except DecodeError as error:
+        found: Any = schema.message_class("NetParameter").FromString(raw)
+        blocks = (*found.layers, *(layer.layer for layer in found.layers), *found.layer)
+        names = [
+            name
+            for one in blocks
+            for name in (one.name, *getattr(one, "bottom", ()), *getattr(one, "top", ()))
+        ]
+    except (DecodeError, UnicodeDecodeError) as error:
         raise CaffemodelError(f"its net definition is damaged ({error})", path=path) from error
+    for name in names:
+        if isinstance(name, bytes):  # what protobuf gives for a string that is no UTF-8
+            raise CaffemodelError(f"its net definition is damaged ({name!r} is no name)", path=path)
+    return found
 
 
 def recover(stored: Weights) -> Recovered:

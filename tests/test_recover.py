@@ -357,3 +357,15 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["recover", str(tmp_path / "w"), "-o", str(tmp_path / "net")]) == 2
     error = capsys.readouterr().err
     assert NAMES_ONLY in error and error.count("\n") == 1 and not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize("command", ["recover", "upgrade"])
+def test_names_that_no_text_can_hold_are_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = wire.encode_bytes(1, b"\xff\xfe") + wire.encode_bytes(2, b"ReLU") + wire.encode_bytes(4, b"top")
+    source = tmp_path / "w.caffemodel"
+    source.write_bytes(wire.encode_bytes(100, layer))
+    assert main([command, str(source), "-o", str(tmp_path / "out")]) == 2
+    assert "net definition is damaged" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["w.caffemodel"]
