@@ -408,7 +408,7 @@ class _Decompose:
     def _reference(self, model: Model) -> _Reference:
         """What to feed, given or random, and what the net makes of it."""
         from caffe_proto import runtime
-        from caffe_proto.cli import _feeds
+        from caffe_proto.array_files import feeds as read_feeds
         from caffe_proto.onnx_export import Request
 
         request = Request(input_shapes=self.input_shapes)
@@ -416,7 +416,7 @@ class _Decompose:
             if self.compare == "random":
                 feeds = runtime.random_feeds(model, request, self.seed)
             else:
-                feeds = _feeds([str(self.compare)], opened.input_names)
+                feeds = read_feeds([str(self.compare)], opened.input_names)
             return feeds, opened.run(feeds)
 
     def _apart(self, written: Model, compared: _Reference) -> dict[str, float]:

@@ -151,6 +151,9 @@ def _convolution(shaped: Shaped, index: int, p: ConvParams, stored: Arrays) -> T
         bottom = shaped.bottoms(index)[0]
         in_hw = (bottom[-2], bottom[-1]) if len(weight) == 4 else None
         places = prod(bottom[: len(bottom) - len(weight) + 1]) * p.n_tops
+    if p.pad_end is not None:
+        how = "differs from side to side" if p.pad_end != p.pad else "is given side by side"
+        return f"its padding {how} (pad_l, pad_r, pad_t, pad_b)"
     if len(weight) != 4:
         return f"its kernel has {len(weight) - 2} axes, two are needed"
     _, g = conv_geometry(p, bottom)

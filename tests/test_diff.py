@@ -16,7 +16,7 @@ import pytest
 
 import lra
 from caffe_proto import load, net
-from caffe_proto.cli import _recompose
+from caffe_proto.cli_nets import recompose
 from caffe_proto.diff import Difference, Row, diff
 from caffe_proto.errors import NetError, UsageError, WeightsError
 from caffe_proto.graph import build
@@ -179,7 +179,7 @@ def test_decomposed_nets_of_every_style(style: str, scheme: str) -> None:
     )
     plan = lra.make_plan(before, scheme=scheme, rank_config=ranks, fc=True, style=style, even_if_slower=True)
     after, report = lra.apply(plan, before)
-    found = diff(before, after, recompose=_recompose)
+    found = diff(before, after, recompose=recompose)
     rows = differing(found)
     assert {name: row.ranks for name, row in rows.items()} == {row.name: row.ranks for row in report.rows}
     assert {row.status for row in rows.values()} == {"decomposed"}
@@ -246,7 +246,7 @@ def test_transposed_weights_are_recomposed() -> None:
     before = nets.model(nets.SMALL.replace("num_output: 30", "num_output: 30 transpose: true"))
     plan = lra.make_plan(before, scheme="pca", rank_config={"ip1": 9}, fc=True, even_if_slower=True)
     after, report = lra.apply(plan, before)
-    (row,) = differing(diff(before, after, recompose=_recompose)).values()
+    (row,) = differing(diff(before, after, recompose=recompose)).values()
     assert row.weights == pytest.approx(report.rows[0].error, rel=1e-4)
 
 

@@ -39,7 +39,7 @@ ORDER = (
     lra.following lra.walk lra.responses lra.calibration lra.fitting
     lra.planner lra.applier
     lra
-    caffe_proto.console caffe_proto.cli_data caffe_proto.cli
+    caffe_proto.console caffe_proto.array_files caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli
     lra.demo lra.outputs lra.cli lra.__main__
     hrank
     """

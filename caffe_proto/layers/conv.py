@@ -1,4 +1,7 @@
-"""Convolution and Deconvolution: N spatial axes, groups, dilation, any channel axis."""
+"""Convolution and Deconvolution: N spatial axes, groups, dilation, any channel axis.
+
+pad_l, pad_r, pad_t and pad_b are those of Synopsys' fork: two axes, and each side has its own padding.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,29 @@ from math import prod
 
 import numpy as np
 
-from ..errors import NetError, ShapeError
+from ..errors import NetError, ShapeError, UnsupportedError
 from ..typed import Typed
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shape, Shapes, at_least, canonical_axis, text
+from .spec import (
+    SIDES,
+    Channels,
+    LayerSpec,
+    Request,
+    Shape,
+    Shapes,
+    at_least,
+    canonical_axis,
+    side_pads,
+    text,
+)
 
 
 @dataclass(frozen=True)
 class ConvParams:
-    """Settings as written; one value may stand for all spatial axes. See ``geometry``."""
+    """Settings as written; one value may stand for all spatial axes. See ``geometry``.
+
+    ``pad_end``: the pads behind, where each side has its own and ``pad`` is in front only.
+    """
 
     num_output: int
     kernel: tuple[int, ...]
@@ -28,16 +45,18 @@ class ConvParams:
     axis: int
     planar: bool  # kernel_h, stride_h, ... were used: exactly two spatial axes
     n_tops: int
+    pad_end: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """One value a spatial axis."""
+    """One value a spatial axis; ``pad`` is in front, ``pad_end`` behind."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     pad: tuple[int, ...]
     dilation: tuple[int, ...]
+    pad_end: tuple[int, ...]
 
 
 def read(request: Request) -> ConvParams:
@@ -47,7 +66,10 @@ def read(request: Request) -> ConvParams:
         raise NetError(f"{request.n_bottoms} bottoms and {request.n_tops} tops; each bottom makes one top")
     kernel, kernel_hw = _axes(p, "kernel_size", ("kernel_h", "kernel_w"))
     stride, stride_hw = _axes(p, "stride", ("stride_h", "stride_w"))
-    pad, pad_hw = _axes(p, "pad", ("pad_h", "pad_w"))
+    sides = side_pads(p)
+    pad, pad_hw = (sides[0], True) if sides else _axes(p, "pad", ("pad_h", "pad_w"))
+    if sides and any(sides[0] + sides[1]):
+        _check_sides(p, (*kernel, *stride))
     for values, low, what in (
         (kernel, 1, "kernel size"),
         (stride, 1, "stride"),
@@ -71,7 +93,20 @@ def read(request: Request) -> ConvParams:
         p["axis"],
         planar,
         request.n_tops,
+        sides[1] if sides else None,
     )
+
+
+def _check_sides(p: Typed, window: Sequence[int]) -> None:
+    """Refuse where the fork shapes its tops by the pads of the sides, and then lays none of them down."""
+    if p["force_nd_im2col"]:
+        raise UnsupportedError(
+            "force_nd_im2col leaves pad_l, pad_r, pad_t and pad_b out", line=p.line("force_nd_im2col")
+        )
+    if all(one == 1 for one in window):
+        raise UnsupportedError(
+            "a 1 x 1 kernel of stride 1 leaves pad_l, pad_r, pad_t and pad_b out", line=p.line()
+        )
 
 
 def _axes(p: Typed, name: str, pair: tuple[str, str]) -> tuple[tuple[int, ...], bool]:
@@ -96,6 +131,7 @@ def geometry(p: ConvParams, shape: Shape) -> tuple[int, Geometry]:
         _spread(p.stride, n, 1, "stride"),
         _spread(p.pad, n, 0, "pad"),
         _spread(p.dilation, n, 1, "dilation"),
+        _spread(p.pad if p.pad_end is None else p.pad_end, n, 0, "pad"),
     )
 
 
@@ -112,11 +148,11 @@ def _spread(values: Sequence[int], n: int, default: int | None, what: str) -> tu
 
 
 def _out_size(h: int, k: int, s: int, p: int, d: int) -> int:
-    return (h + 2 * p - (d * (k - 1) + 1)) // s + 1
+    return (h + p - (d * (k - 1) + 1)) // s + 1
 
 
 def _transposed_size(h: int, k: int, s: int, p: int, d: int) -> int:
-    return s * (h - 1) + d * (k - 1) + 1 - 2 * p
+    return s * (h - 1) + d * (k - 1) + 1 - p
 
 
 def _infer(p: ConvParams, bottoms: Shapes, transposed: bool) -> Shapes:
@@ -128,7 +164,8 @@ def _infer(p: ConvParams, bottoms: Shapes, transposed: bool) -> Shapes:
         raise ShapeError(f"group {p.group} does not divide the {channels} channels of its bottom")
     rule = _transposed_size if transposed else _out_size
     spatial = bottoms[0][axis + 1 :]
-    sizes = tuple(map(rule, spatial, g.kernel, g.stride, g.pad, g.dilation))
+    both = map(sum, zip(g.pad, g.pad_end, strict=True))
+    sizes = tuple(map(rule, spatial, g.kernel, g.stride, both, g.dilation))
     if any(one < 1 for one in sizes):
         raise ShapeError(f"kernel {text(g.kernel)} does not fit the bottom {text(bottoms[0])}")
     return ((*bottoms[0][:axis], p.num_output, *sizes),) * p.n_tops
@@ -173,7 +210,7 @@ def _convolve(
     attributes = {
         "kernel_shape": g.kernel,
         "strides": g.stride,
-        "pads": g.pad * 2,
+        "pads": g.pad + g.pad_end,
         "dilations": g.dilation,
         "group": p.group,
     }
@@ -215,6 +252,7 @@ def _spec(transposed: bool) -> LayerSpec:
         bottoms=(1, None),
         tops=(1, None),
         channels=Channels.OWN,
+        understood=SIDES,
     )
 
 

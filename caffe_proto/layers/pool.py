@@ -3,6 +3,10 @@
 With window k, stride s, pad p and rounding up, Caffe makes ``ceil((H + 2p - k)/s) + 1`` windows and, where
 p > 0, drops those that start at or behind H + p. Both together are what floor-mode pooling with an end pad
 of ``min(p + s - 1, k - 1)`` makes, whatever H is; so the pads below hold for dynamic sizes too.
+
+pad_l, pad_r, pad_t and pad_b are those of Synopsys' fork: with b in front and e behind it makes
+``ceil((H + b + e - k)/s) + 1`` windows, drops those that start at or behind H + b, and counts the padding
+up to H + e. All of the above then holds with the end pad ``min(e + s - 1, k - 1)``.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import numpy as np
 
 from ..errors import NetError, ShapeError
 from .emit import Emitter
-from .spec import LayerSpec, Request, Shapes, at_least, spatial_pair, text
+from .spec import SIDES, LayerSpec, Request, Shapes, at_least, side_pads, spatial_pair, text
 
 Pair = tuple[int, int]
 _LOWEST = float(np.finfo(np.float32).min)  # Caffe's -FLT_MAX
@@ -22,7 +26,10 @@ _LOWEST = float(np.finfo(np.float32).min)  # Caffe's -FLT_MAX
 
 @dataclass(frozen=True)
 class PoolParams:
-    """``kernel`` is None for global pooling; ``ceil`` is Caffe's usual rounding."""
+    """``kernel`` is None for global pooling; ``ceil`` is Caffe's usual rounding.
+
+    ``pad_end``: the pads behind, where each side has its own and ``pad`` is in front only.
+    """
 
     method: str
     kernel: Pair | None
@@ -30,6 +37,7 @@ class PoolParams:
     pad: Pair
     ceil: bool
     mask: bool
+    pad_end: Pair | None = None
 
     def window(self, hw: Pair) -> Pair:
         """The window's size on an image of that size."""
@@ -38,7 +46,12 @@ class PoolParams:
     @property
     def clips(self) -> bool:
         """Whether windows that start behind the image are dropped: one padded axis switches it on for both."""
-        return any(self.pad)
+        return any(self.pad + self.behind)
+
+    @property
+    def behind(self) -> Pair:
+        """The padding behind the image."""
+        return self.pad if self.pad_end is None else self.pad_end
 
 
 def read(request: Request) -> PoolParams:
@@ -54,22 +67,27 @@ def read(request: Request) -> PoolParams:
     else:
         h, w = spatial_pair(p, "kernel", 0, both="kernel_size")
         kernel = at_least(h, 1, "kernel size"), at_least(w, 1, "kernel size")
-    stride, pad = spatial_pair(p, "stride", 1), spatial_pair(p, "pad", 0)
-    if kernel is None and (pad != (0, 0) or stride != (1, 1)):
+    stride, sides = spatial_pair(p, "stride", 1), side_pads(p)
+    pad, behind = sides or (spatial_pair(p, "pad", 0),) * 2
+    padded = any(pad + behind)
+    if kernel is None and (padded or stride != (1, 1)):
         raise NetError("global_pooling takes no pad and no stride but 1", line=p.line())
     for value in stride:
         at_least(value, 1, "stride")
-    if kernel and any(one >= k for one, k in zip(pad, kernel, strict=True) if one):
-        raise NetError(f"pad {text(pad)} must be smaller than the kernel {text(kernel)}", line=p.line("pad"))
-    if any(pad) and p["pool"] == "STOCHASTIC":
+    for ends in (pad, behind):
+        if kernel and any(one >= k for one, k in zip(ends, kernel, strict=True) if one):
+            raise NetError(
+                f"pad {text(ends)} must be smaller than the kernel {text(kernel)}", line=p.line("pad")
+            )
+    if padded and p["pool"] == "STOCHASTIC":
         raise NetError("stochastic pooling takes no pad", line=p.line("pad"))
     ceil = p["round_mode"] == "CEIL" and not ("ceil_mode" in p and not p["ceil_mode"])
-    return PoolParams(p["pool"], kernel, stride, pad, ceil, request.n_tops == 2)
+    return PoolParams(p["pool"], kernel, stride, pad, ceil, request.n_tops == 2, behind if sides else None)
 
 
-def out_size(h: int, k: int, s: int, p: int, *, ceil: bool, clips: bool) -> int:
+def out_size(h: int, k: int, s: int, p: int, end: int, *, ceil: bool, clips: bool) -> int:
     """How many windows Caffe lays along an axis of size ``h``."""
-    span = h + 2 * p - k
+    span = h + p + end - k
     n = (-(-span // s) if ceil else span // s) + 1
     return n - 1 if clips and (n - 1) * s >= h + p else n
 
@@ -80,8 +98,8 @@ def _infer(p: PoolParams, bottoms: Shapes) -> Shapes:
         raise ShapeError(f"pooling needs a bottom of 4 axes, found {text(bottom)}")
     hw = (bottom[2], bottom[3])
     sizes = tuple(
-        out_size(h, k, s, pad, ceil=p.ceil, clips=p.clips)
-        for h, k, s, pad in zip(hw, p.window(hw), p.stride, p.pad, strict=True)
+        out_size(h, k, s, pad, end, ceil=p.ceil, clips=p.clips)
+        for h, k, s, pad, end in zip(hw, p.window(hw), p.stride, p.pad, p.behind, strict=True)
     )
     if any(one < 1 for one in sizes):
         raise ShapeError(f"window {text(p.window(hw))} does not fit the bottom {text(bottom)}")
@@ -95,7 +113,7 @@ def _has_empty_windows(p: PoolParams, hw: Pair, out: Pair) -> bool:
 def _end_pads(p: PoolParams, hw: Pair) -> Pair:
     """The end pads that make floor-mode pooling lay exactly Caffe's windows, for any image size."""
     pads = []
-    for k, s, pad in zip(p.window(hw), p.stride, p.pad, strict=True):
+    for k, s, pad in zip(p.window(hw), p.stride, p.behind, strict=True):
         reach = pad + s - 1 if p.ceil else pad
         pads.append(min(reach, k - 1))
     return pads[0], pads[1]
@@ -151,30 +169,30 @@ def _average(e: Emitter, p: PoolParams, hw: Pair, out: Pair) -> None:
     need = [
         (n - 1) * s + one - h - pad for n, s, one, h, pad in zip(out, p.stride, k, hw, p.pad, strict=True)
     ]
-    overhang = [one - pad for one, pad in zip(end, p.pad, strict=True)]
+    overhang = [one - pad for one, pad in zip(end, p.behind, strict=True)]
     fixed = not any(e.dynamic_in[0][2:])
-    hangs = any(one > pad for one, pad in zip(need, p.pad, strict=True)) if fixed else any(overhang)
+    hangs = any(one > pad for one, pad in zip(need, p.behind, strict=True)) if fixed else any(overhang)
     source, to = e.inputs[0], e.outputs[0]
     attributes: dict[str, Any] = {"kernel_shape": k, "strides": p.stride}
     if not hangs:
-        ends = [max(0, min(one, pad)) for one, pad in zip(need, p.pad, strict=True)] if fixed else p.pad
+        ends = [max(0, min(one, pad)) for one, pad in zip(need, p.behind, strict=True)] if fixed else p.behind
         e.node("AveragePool", source, to=to, pads=(*p.pad, *ends), count_include_pad=1, **attributes)
-    elif not any(p.pad):
+    elif not p.clips:
         e.node("AveragePool", source, to=to, pads=(0, 0, *overhang), count_include_pad=0, **attributes)
     elif fixed:
         mean = e.node("AveragePool", source, pads=(*p.pad, *end), count_include_pad=1, **attributes)
         e.node("Mul", mean, e.const(_divisor_ratio(p, hw, out), "ratio"), to=to)
     else:
-        padded = e.node("Pad", source, e.ints((0, 0, *p.pad, 0, 0, *p.pad), "pads"))
+        padded = e.node("Pad", source, e.ints((0, 0, *p.pad, 0, 0, *p.behind), "pads"))
         e.node("AveragePool", padded, to=to, pads=(0, 0, *overhang), count_include_pad=0, **attributes)
 
 
 def _divisor_ratio(p: PoolParams, hw: Pair, out: Pair) -> np.ndarray:
     """k*k over Caffe's divisor, for each window: (out_h, out_w)."""
     ratios = []
-    for n, s, k, pad, h in zip(out, p.stride, p.window(hw), p.pad, hw, strict=True):
+    for n, s, k, pad, end, h in zip(out, p.stride, p.window(hw), p.pad, p.behind, hw, strict=True):
         start = np.arange(n) * s - pad
-        ratios.append(k / (np.minimum(start + k, h + pad) - start))
+        ratios.append(k / (np.minimum(start + k, h + end) - start))
     return np.multiply.outer(*ratios)
 
 
@@ -208,7 +226,5 @@ def _nothing_over_nothing(p: PoolParams, hw: Pair, out: Pair) -> np.ndarray:
 
 
 SPECS = {
-    "Pooling": LayerSpec(
-        params=read, infer=_infer, onnx=_onnx, tops=(1, 2), understood=frozenset({"ceil_mode"})
-    )
+    "Pooling": LayerSpec(params=read, infer=_infer, onnx=_onnx, tops=(1, 2), understood=SIDES | {"ceil_mode"})
 }

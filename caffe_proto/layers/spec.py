@@ -24,6 +24,7 @@ Shapes = tuple[Shape, ...]
 Arrays = tuple[np.ndarray, ...]
 Affine = tuple[np.ndarray, np.ndarray]
 
+SIDES = frozenset({"pad_l", "pad_r", "pad_t", "pad_b"})
 _MOST_SHOWN = 32  # axes of a shape in a message
 
 
@@ -163,6 +164,22 @@ def spatial_pair(typed: Typed, name: str, default: int, *, both: str | None = No
         return typed[h], typed[w]
     value = int(typed[one]) if one in typed else default
     return value, value
+
+
+def side_pads(typed: Typed) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(top, left) and (bottom, right) where a fork's ``SIDES`` are given, 0 for one that is not; else None.
+
+    Raises NetError where another spelling stands beside them.
+    """
+    given = [name for name in typed if name in SIDES]
+    if not given:
+        return None
+    for name in ("pad", "pad_h", "pad_w"):
+        if name in typed:
+            raise NetError(
+                f"{name} and {given[0]} are both given; the fork takes one spelling", line=typed.line(name)
+            )
+    return (typed["pad_t"], typed["pad_l"]), (typed["pad_b"], typed["pad_r"])
 
 
 def at_least(value: int, low: int, what: str) -> int:

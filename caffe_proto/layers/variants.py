@@ -47,6 +47,7 @@ def _depthwise(settle: Any, tops: tuple[int, int | None]) -> LayerSpec:
         onnx=onnx,
         bottoms=tops,
         tops=tops,
+        understood=frozenset(),
     )
 
 
