@@ -40,7 +40,7 @@ ORDER = (
     lra.planner lra.applier
     lra
     caffe_proto.console caffe_proto.array_files caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli
-    lra.demo lra.outputs lra.cli lra.__main__
+    lra.demo lra.outputs lra.cli_decompose lra.cli lra.__main__
     hrank
     """
 ).split()

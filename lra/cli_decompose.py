@@ -1,0 +1,445 @@
+"""The decompose command: options in, one job, files and a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from caffe_proto import console
+from caffe_proto.cli_data import image_options, prepared
+from caffe_proto.console import (
+    input_shape_option,
+    json_option,
+    net_argument,
+    seed_option,
+    state_options,
+    threads_option,
+)
+from caffe_proto.errors import UsageError
+
+from . import outputs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from caffe_proto.latency import Subject, Timing
+    from caffe_proto.model import Model
+
+    from .applier import Report
+    from .calibration import Calibration
+    from .plan import Plan
+    from .targets import Found, Spectra
+
+    _Reference = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+STYLE_NAMES = [
+    "default",
+    "wen",
+    "tai",
+    "he",
+    "girshick",
+]  # lra.styles.STYLES, without waiting for its imports
+
+
+def _numbers(value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        return [int(one) for one in value.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--ranks {value!r} is no list of whole numbers", hint="for example 13,21,27"
+        ) from None
+
+
+def _names(values: Sequence[str]) -> list[str]:
+    """Layer names as given, or from JSON files that hold a list of them."""
+    from caffe_proto.errors import PlanError
+    from caffe_proto.files import read_text
+
+    names: list[str] = []
+    for value in values:
+        if not value.endswith(".json"):
+            names.append(value)
+            continue
+        import json
+
+        try:
+            found = json.loads(read_text(value))
+        except json.JSONDecodeError as error:
+            raise PlanError(f"is no JSON: {error.msg}", path=value, line=error.lineno) from error
+        if isinstance(found, dict):
+            found = list(found)
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise PlanError('must be a JSON list of layer names ["ip2"]', path=value)
+        names += found
+    return names
+
+
+def _calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--images and its companions: with images the second layer of every chain is fitted to responses."""
+    positions = click.option(
+        "--positions", type=click.IntRange(1), default=10, show_default=True,
+        help="With --images: places of each image at which responses are sampled.",
+    )  # fmt: skip
+    return image_options(positions(function), required=False, n_images=2000)
+
+
+@click.command()
+@net_argument
+@click.argument("weights")
+@click.option(
+    "-o",
+    "--output",
+    "prefix",
+    metavar="PREFIX",
+    help="Writes PREFIX.prototxt, PREFIX.caffemodel, PREFIX.plan.json.",
+)
+@click.option(
+    "--scheme",
+    type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial"]),
+    default="auto",
+    show_default=True,
+    help="auto: pca or spatial, by layer, the cheaper at equal energy.",
+)
+@click.option("--fc/--no-fc", default=False, show_default=True, help="Fully connected layers too.")
+@click.option(
+    "--except", "except_", multiple=True, metavar="NAME|FILE.json", help="Leave this layer alone; repeatable."
+)
+@click.option("--only", multiple=True, metavar="NAME|FILE.json", help="Touch only these layers; repeatable.")
+@click.option("--speedup", type=float, help="MACs before / after.")
+@click.option("--energy", type=float, help="Energy that every layer keeps, 0 to 1: |W-W'|² <= (1-E)|W|².")
+@click.option("--ranks", metavar="a,b,c", help="One total rank for each eligible layer, in net order.")
+@click.option(
+    "--rank-config",
+    metavar="FILE.json",
+    help='{"conv1": 8, "conv2": {"scheme": "spatial", "rank": 40}}; a bare rank means --scheme, or pca.',
+)
+@click.option("--plan", "plan_file", metavar="FILE.plan.json", help="Apply a plan made before.")
+@click.option(
+    "--scope",
+    type=click.Choice(["all", "conv"]),
+    default="all",
+    show_default=True,
+    help="What --speedup counts: the whole net or its convolutions.",
+)
+@click.option(
+    "--round-to",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks are multiples of this where that fits.",
+)
+@click.option(
+    "--even-if-slower", is_flag=True, help="Also split layers that get more expensive by it (full-rank nets)."
+)
+@click.option(
+    "--style",
+    type=click.Choice(STYLE_NAMES),
+    default="default",
+    show_default=True,
+    help="Layer names, bias and filler rules of the published tools.",
+)
+@click.option("--force", is_flag=True, help="Apply a plan to other files than it was made for.")
+@click.option("--plan-only", is_flag=True, help="Print the plan and change nothing.")
+@click.option(
+    "--compare",
+    metavar="X.npy|random",
+    help="Run both nets on this input and print how far their outputs are apart.",
+)
+@_calibration_options
+@click.option("--onnx", is_flag=True, help="Also write PREFIX.onnx.")
+@click.option("--time", "time_it", is_flag=True, help="Also time both nets with onnxruntime.")
+@threads_option
+@seed_option
+@input_shape_option
+@state_options
+@json_option
+def decompose(**given: Any) -> None:
+    """Replace layers of NET by cheaper chains of smaller ones, and write the new net.
+
+    Give exactly one of --speedup, --energy, --ranks, --rank-config and --plan. A layer that would not get
+    cheaper is kept, with the reason.
+    """
+    context = click.get_current_context()
+    said = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    _Decompose(**given, said=frozenset(said)).run()
+
+
+@dataclass
+class _Decompose:
+    """One decompose command; fields are its options."""
+
+    net: str
+    weights: str
+    prefix: str | None
+    scheme: str
+    fc: bool
+    except_: Sequence[str]
+    only: Sequence[str]
+    speedup: float | None
+    energy: float | None
+    ranks: str | None
+    rank_config: str | None
+    plan_file: str | None
+    scope: str
+    round_to: int
+    even_if_slower: bool
+    style: str
+    force: bool
+    plan_only: bool
+    compare: str | None
+    images: str | None
+    root: str | None
+    n_images: int
+    mean: str | None
+    scale: float | None
+    crop: tuple[int, int] | None
+    resize: tuple[int, int] | None
+    bgr: bool | None
+    skip_bad: bool
+    positions: int
+    onnx: bool
+    time_it: bool
+    threads: int
+    seed: int
+    input_shapes: dict[str, tuple[int, ...]]
+    phase: str
+    stages: Sequence[str]
+    level: int
+    as_json: bool
+    said: frozenset[str]  # options that stand on the command line
+
+    def run(self) -> None:
+        from .applier import apply
+        from .targets import Spectra, find
+
+        self._check()
+        model = console.load_model(self.net, self.weights, self.phase, self.stages, self.level)
+        found = find(model, self.input_shapes)
+        images = self._calibration(model) if self.images is not None else None
+        with console.progress("factoring", len(found.targets)) as step:
+            spectra = Spectra(found, step)
+            plan = self._plan(model, found, spectra, images)
+            if self.plan_only:
+                self._print_plan(plan)
+                return
+        with console.progress("fitting", len(plan.layers) + 1) as step:
+            changed, report = apply(
+                plan,
+                model,
+                images=images,
+                step=step,
+                force=self.force,
+                input_shapes=self.input_shapes,
+                found=found,
+                spectra=spectra,
+            )
+        reference = self._reference(model) if self.compare else None  # what can fail comes before the writing
+        subjects = self._subjects(model, changed) if self.time_it else []
+        files = self._write(changed, plan)
+        self._finish(report, files, reference, subjects)
+
+    def _check(self) -> None:
+        amounts = {
+            "--speedup": self.speedup,
+            "--energy": self.energy,
+            "--ranks": self.ranks,
+            "--rank-config": self.rank_config,
+            "--plan": self.plan_file,
+        }
+        given = [name for name, value in amounts.items() if value is not None]
+        if len(given) != 1:
+            found = " and ".join(given) + " are given" if given else "no amount is given"
+            raise UsageError(f"{found}; give exactly one of {', '.join(amounts)}")
+        if self.prefix is None and not self.plan_only:
+            raise UsageError("-o PREFIX is missing", hint="add -o PREFIX, or --plan-only to write nothing")
+        if self.speedup is None:
+            self._refuse({"scope"}, "only goes with --speedup")
+        else:
+            self._refuse({"even_if_slower"}, "does not go with --speedup, which takes only what is cheaper")
+        if self.images is None:
+            companions = {
+                "root",
+                "n_images",
+                "mean",
+                "scale",
+                "crop",
+                "resize",
+                "bgr",
+                "skip_bad",
+                "positions",
+            }
+            self._refuse(companions, "only goes with --images")
+        if self.plan_file is None:
+            self._refuse({"force"}, "only goes with --plan")
+        if self.ranks is not None or self.rank_config is not None:
+            self._refuse({"round_to"}, "does not go with ranks that are given")
+
+    def _refuse(self, options: set[str], why: str) -> None:
+        """Refuse options that would be ignored."""
+        for name in sorted(options & self.said):
+            raise UsageError(f"--{name.rstrip('_').replace('_', '-')} {why}")
+
+    def _calibration(self, model: Model) -> Calibration:
+        """The images as the net wants them, all in memory."""
+        import numpy as np
+
+        from caffe_proto.data import open_source
+        from caffe_proto.data.batches import Batches
+        from caffe_proto.evaluation import image_input, input_shape
+        from caffe_proto.graph import build
+
+        from .calibration import Calibration
+
+        shape = input_shape(model, self.input_shapes)
+        transform = prepared(model, shape, self.mean, self.scale, self.crop, self.resize, self.bgr)
+        inputs = None if shape is None else shape[1:]
+        with open_source(
+            str(self.images), root=self.root, resize=transform.resize, color=transform.color
+        ) as source:
+            batches = Batches(
+                source,
+                transform,
+                n_images=self.n_images,
+                seed=self.seed,
+                shape=inputs,
+                skip_bad=self.skip_bad,
+            )
+            arrays = [batch.images for batch in batches]
+        for bad in batches.skipped:
+            click.echo(f"left out: {bad}", err=True)
+        if not arrays:
+            raise UsageError("none of its images can be read", path=self.images)
+        graph = build(model.net)
+        blob = graph.blob(image_input(graph))
+        return Calibration({blob: np.concatenate(arrays)}, self.positions, self.seed, self.threads)
+
+    def _plan(self, model: Model, found: Found, spectra: Spectra, images: Calibration | None) -> Plan:
+        from caffe_proto.files import read_text
+
+        from .plan import Plan
+        from .planner import make_plan
+
+        config = None
+        if self.plan_file is not None:
+            plan = Plan.from_json(read_text(self.plan_file), self.plan_file)
+            if all(entry.scheme for entry in plan.layers.values()):
+                decided = {"scheme", "fc", "except_", "only", "round_to", "even_if_slower", "style"}
+                self._refuse(decided, "does not go with a plan that says everything")
+                if not plan.target.get("fit"):
+                    self._refuse({"images"}, "does not go with a plan that fits nothing to them")
+                return plan
+            config = plan.layers
+        elif self.rank_config is not None:
+            config = Plan.from_json(read_text(self.rank_config), self.rank_config).layers
+        return make_plan(
+            model,
+            scheme=self.scheme,
+            speedup=self.speedup,
+            energy=self.energy,
+            ranks=_numbers(self.ranks),
+            rank_config=config,
+            scope=self.scope,
+            fc=self.fc,
+            except_layers=_names(self.except_),
+            only=_names(self.only) if self.only else None,
+            round_to=self.round_to,
+            style=self.style,
+            even_if_slower=self.even_if_slower,
+            images=images,
+            input_shapes=self.input_shapes,
+            found=found,
+            spectra=spectra,
+        )
+
+    def _print_plan(self, plan: Plan) -> None:
+        from caffe_proto import files
+
+        if self.prefix is not None:
+            with files.writing([f"{self.prefix}.plan.json"], self._inputs(self.plan_file)) as (temporary,):
+                temporary.write_text(plan.to_json())
+        click.echo(plan.to_json(), nl=False)
+
+    def _inputs(self, *more: str | None) -> list[str | None]:
+        """Every file that was given, none of which may be overwritten."""
+        return [self.net, self.weights, self.rank_config, self.compare, *self.except_, *self.only, *more]
+
+    def _write(self, changed: Model, plan: Plan) -> dict[str, str]:
+        names = outputs.names(str(self.prefix), weights=True, onnx=self.onnx)
+        outputs.write(names, changed, plan, self._inputs(), self.plan_file, self.input_shapes)
+        return names
+
+    def _finish(
+        self, report: Report, files: dict[str, str], reference: _Reference | None, subjects: list[Subject]
+    ) -> None:
+        """Read the written files again, and say what they are."""
+        from caffe_proto.costs import cost
+        from caffe_proto.graph import build
+        from caffe_proto.shape_inference import infer
+
+        written = console.load_model(
+            files["prototxt"], files["caffemodel"], self.phase, self.stages, self.level
+        )
+        after = cost(infer(build(written.net), self.input_shapes, partial=True))
+        if after.macs != report.macs[1] or after.params != report.params[1]:
+            raise AssertionError("the written files do not cost what was planned")
+        apart = self._apart(written, reference) if reference is not None else {}
+        times = self._times(subjects) if subjects else []
+        if self.as_json:
+            console.echo_json(outputs.document(report, files, apart, times))
+        else:
+            outputs.show(report, files, apart, times)
+
+    def _reference(self, model: Model) -> _Reference:
+        """What to feed, given or random, and what the net makes of it."""
+        from caffe_proto import runtime
+        from caffe_proto.array_files import feeds as read_feeds
+        from caffe_proto.onnx_export import Request
+
+        request = Request(input_shapes=self.input_shapes)
+        with runtime.session(model, threads=self.threads, input_shapes=self.input_shapes) as opened:
+            if self.compare == "random":
+                feeds = runtime.random_feeds(model, request, self.seed)
+            else:
+                feeds = read_feeds([str(self.compare)], opened.input_names)
+            return feeds, opened.run(feeds)
+
+    def _apart(self, written: Model, compared: _Reference) -> dict[str, float]:
+        """Relative difference of every output, ||b - a|| / ||a||."""
+        import numpy as np
+
+        from caffe_proto import runtime
+
+        feeds, reference = compared
+        with runtime.session(written, threads=self.threads, input_shapes=self.input_shapes) as opened:
+            results = opened.run(feeds)
+        norms = {
+            name: (np.linalg.norm(results[name] - array), np.linalg.norm(array))
+            for name, array in reference.items()
+        }
+        return {
+            name: float(difference / norm) if norm else float(difference)
+            for name, (difference, norm) in norms.items()
+        }
+
+    def _subjects(self, model: Model, changed: Model) -> list[Subject]:
+        from caffe_proto import latency
+        from caffe_proto.onnx_export import Request
+
+        request = Request(input_shapes=self.input_shapes)
+        names = (self.net, f"{self.prefix}.prototxt")
+        return [
+            latency.of_model(name, one, request) for name, one in zip(names, (model, changed), strict=True)
+        ]
+
+    def _times(self, subjects: list[Subject]) -> list[Timing]:
+        from caffe_proto import latency
+        from caffe_proto.runtime import Engine
+
+        return latency.measure(subjects, Engine(self.threads))
