@@ -82,7 +82,7 @@ class Walker:
 
     @property
     def batch(self) -> int:
-        return next(iter(self.shaped.shapes.values()))[0]
+        return self.shaped.shapes[next(iter(self.images))][0]
 
     def behind(self, target: Target) -> Following:
         """What follows a layer."""
@@ -125,7 +125,7 @@ class Walker:
         """Fit the layers in net order, each from what the fitted ones before it produce."""
         fitted: dict[str, Fitted] = {}
         with tempfile.TemporaryDirectory() as folder:
-            store = Store(Path(folder), self.n_images)
+            store = Store(Path(folder), self.n_images, self.batch)
             for value, x in self.images.items():
                 filled = store.new(x.shape)
                 filled[:] = x

@@ -19,6 +19,7 @@ from caffe_proto.runtime import Engine, open_onnx
 from caffe_proto.segments import Segments
 
 from .decomposition import Step
+from .stats import sample_positions
 
 Array = np.ndarray
 
@@ -34,11 +35,10 @@ class Places:
     @classmethod
     def draw(cls, rng: np.random.Generator, n_images: int, hw: tuple[int, int], per_image: int) -> Places:
         """``per_image`` positions of each image, without replacement; all of them where the map is smaller."""
-        height, width = hw
-        count = min(per_image, height * width)
-        flat = np.stack([rng.permutation(height * width)[:count] for _ in range(n_images)])
-        images = np.repeat(np.arange(n_images), count)
-        return cls(images, flat.reshape(-1) // width, flat.reshape(-1) % width)
+        flat = sample_positions(rng, n_images, hw, per_image)
+        images = np.repeat(np.arange(n_images), flat.shape[1])
+        rows, columns = np.divmod(flat.reshape(-1), hw[1])
+        return cls(images, rows, columns)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,11 +54,12 @@ class Places:
 
 
 class Store:
-    """Values of all images, each a memory-mapped file (N, ...) in a folder."""
+    """Values of all images, each a memory-mapped file (N, ...) in a folder; they pass in batches of ``batch``."""
 
-    def __init__(self, folder: Path, n_images: int) -> None:
+    def __init__(self, folder: Path, n_images: int, batch: int) -> None:
         self.folder = folder
         self.n_images = n_images
+        self.batch = batch
         self._maps: dict[Value, np.memmap] = {}  # type: ignore[type-arg]
         self._made = 0
 
@@ -104,8 +105,7 @@ def advance(parts: Segments, store: Store, index: int) -> None:
     missing = [value for value in wanted if value not in store]
     if missing:
         made = {value: store.new(parts.shaped.shapes[value]) for value in missing}
-        size = next(iter(parts.shaped.shapes.values()))[0]
-        for start, stop in batches(store.n_images, size):
+        for start, stop in batches(store.n_images, store.batch):
             given = {value: np.ascontiguousarray(store[value][start:stop]) for value in store.values}
             for value, array in parts.run(given, missing).items():
                 made[value][start:stop] = array
