@@ -18,7 +18,7 @@ from caffe_proto.shape_inference import InputShapes, infer
 
 from .decomposition import Step, StepShape
 from .plan import LayerPlan, Plan
-from .schemes import SCHEMES
+from .schemes import ALL_SCHEMES
 from .styles import STYLES, new_layers, renamed_tops
 from .targets import Found, Spectra, Target, find
 
@@ -175,11 +175,11 @@ def _steps(
     place: _Place, target: Target, entry: LayerPlan
 ) -> tuple[Sequence[Step | StepShape], float | None]:
     """The chain of a layer, with numbers where the model has weights, and its relative error."""
-    if entry.scheme not in SCHEMES or len(entry.ranks) != 1:
+    if entry.scheme not in ALL_SCHEMES or len(entry.ranks) != 1:
         raise PlanError(
             f"{entry.scheme!r} with ranks {list(entry.ranks)} is no scheme of this program", layer=target.name
         )
-    scheme, (rank,) = SCHEMES[entry.scheme], entry.ranks
+    scheme, (rank,) = ALL_SCHEMES[entry.scheme], entry.ranks
     found = place.found
     try:
         if target.index not in found.blobs:
@@ -208,7 +208,7 @@ def _report(
         entry, target = plan.layers[edit.layer], found.targets.get(edit.layer)
         full, pair = None, None
         if target is not None and target.in_hw is not None:
-            full = SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
+            full = ALL_SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
             pair = (target.macs, sum(macs[new.name].macs for new in edit.new))
         of = "responses" if edit.layer in fitted else "weights"
         rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer], of))

@@ -102,10 +102,10 @@ def _calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--scheme",
-    type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial"]),
+    type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial", "response"]),
     default="auto",
     show_default=True,
-    help="auto: pca or spatial, by layer, the cheaper at equal energy.",
+    help="auto: pca or spatial, by layer, the cheaper at equal energy; response: fitted from --images alone.",
 )
 @click.option("--fc/--no-fc", default=False, show_default=True, help="Fully connected layers too.")
 @click.option(

@@ -7,7 +7,7 @@ and is undone from there, so those layers stay in the net.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from . import nonlinear
 from .calibration import Calibration
 from .decomposition import Decomposition, Step
 from .following import Following
+from .linalg import AffineMap
 from .plan import LayerPlan, Plan
 from .responses import Fitted, Job, Samples
-from .schemes import SCHEMES
+from .schemes import ALL_SCHEMES, response
 from .targets import Found, Spectra, Target
 
 Array = np.ndarray
@@ -46,9 +47,33 @@ def can_fit(found: Found, target: Target) -> bool:
     return not target.dense and target.in_hw is not None and len(node.inputs) == 1
 
 
+def sample_spectra(
+    found: Found, spectra: Spectra, targets: Sequence[Target], calibration: Calibration
+) -> None:
+    """Put the PCA energies of responses into ``spectra``, from one pass of the net over the images."""
+    walker = calibration.walker(found)
+    for name, samples in walker.sample(targets).items():
+        target = found.targets[name]
+        behind = walker.behind(target)
+        weight = target.kernel(found.blobs[target.index][0])
+        responses = samples.responses * behind.scale + behind.shift
+        spectra.put(target, response.RESPONSE, response.ResponseSpectrum(weight, target.geometry, responses))
+
+
 def _job(found: Found, spectra: Spectra, target: Target, entry: LayerPlan) -> Job:
-    start = spectra.get(target, SCHEMES[entry.scheme]).factor(entry.ranks[0])
+    if entry.scheme == response.RESPONSE.name:
+        start = _whole(target, target.kernel(found.blobs[target.index][0]))
+    else:
+        start = spectra.get(target, ALL_SCHEMES[entry.scheme]).factor(entry.ranks[0])
     return Job(target, start, entry.scheme, entry.ranks)
+
+
+def _whole(target: Target, weight: Array) -> Decomposition:
+    """The layer itself, without its bias, and a 1 x 1 layer that hands its responses through."""
+    g = target.geometry
+    first = Step("_lowrank", np.asarray(weight, np.float64), None, g.stride, g.pad, g.dilation, g.group)
+    identity = np.concatenate([np.eye(len(weight) // g.group)] * g.group)[:, :, None, None]
+    return Decomposition((first, Step("_linear", identity, None, group=g.group)))
 
 
 def solve(features: Array, job: Job, behind: Following, samples: Samples, shortcut: Array | None) -> Fitted:
@@ -60,27 +85,33 @@ def solve(features: Array, job: Job, behind: Following, samples: Samples, shortc
     target = samples.responses * behind.scale + behind.shift
     if samples.shortcut is not None:
         target += samples.shortcut
-    weight, bias = np.empty(second.weight.shape), np.empty(second.shape[0])
-    losses, sizes = [], []
-    rows_of = np.split(np.arange(len(bias)), second.group)
+    low = job.scheme == response.RESPONSE.name
+    fits: list[nonlinear.Fit] = []
+    rows_of = np.split(np.arange(second.shape[0]), second.group)
     for taken, rows in zip(np.split(features, second.group, axis=1), rows_of, strict=True):
-        prior = (second.weight[rows] * behind.scale[rows, None, None, None]).reshape(len(rows), -1)
         fit = nonlinear.fit_features(
             taken.reshape(len(taken), -1),
             target[:, rows],
-            prior=prior,
+            job.ranks[0] // second.group if low else None,
+            prior=(second.weight[rows] * behind.scale[rows, None, None, None]).reshape(len(rows), -1),
             shortcut=None if shortcut is None else shortcut[:, rows],
             holdout=HELD_OUT,
             **_activation(behind, rows),
         )
-        weight[rows] = fit.matrix.reshape(len(rows), *weight.shape[1:])
-        bias[rows] = fit.b
-        losses.append(fit.loss)
-        sizes.append(float(np.square(target[:, rows]).sum()))
-    weight /= scale[:, None, None, None]
-    bias = (bias - behind.shift) / scale
+        fits.append(fit)
+    bias = (np.concatenate([fit.b for fit in fits]) - behind.shift) / scale
+    error = float(
+        np.sqrt(sum(fit.loss * fit.total for fit in fits) / (sum(fit.total for fit in fits) or 1.0))
+    )
+    if low:
+        P = np.concatenate([fit.P for fit in fits]) / scale[:, None]
+        mapping = AffineMap(P, np.concatenate([fit.Q for fit in fits]), bias)
+        return Fitted(response.factor(first.weight, None, job.target.geometry, mapping), error)
+    weight = (
+        np.concatenate([fit.matrix for fit in fits]).reshape(second.weight.shape) / scale[:, None, None, None]
+    )
     step = Step(second.suffix, weight, bias, second.stride, second.pad, second.dilation, second.group)
-    return Fitted(Decomposition((first, step)), float(np.sqrt(np.average(losses, weights=sizes))))
+    return Fitted(Decomposition((first, step)), error)
 
 
 def _activation(behind: Following, rows: Array) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from caffe_proto.errors import PlanError
 from caffe_proto.plan import BasePlan, read_json
 
-from .schemes import SCHEMES
+from .schemes import ALL_SCHEMES
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ class LayerPlan:
         if not isinstance(ranks, list) or not ranks or not all(map(_is_rank, ranks)):
             raise PlanError(f'"ranks" is {ranks!r}, a list of whole numbers is needed', layer=name)
         scheme, macs, error = value.get("scheme", ""), value.get("macs"), value.get("error")
-        if not isinstance(scheme, str) or (scheme and scheme not in SCHEMES):
+        if not isinstance(scheme, str) or (scheme and scheme not in ALL_SCHEMES):
             raise PlanError(
-                f"there is no scheme {json.dumps(scheme)}", layer=name, hint="known: " + ", ".join(SCHEMES)
+                f"there is no scheme {json.dumps(scheme)}",
+                layer=name,
+                hint="known: " + ", ".join(ALL_SCHEMES),
             )
         if macs is not None and not (isinstance(macs, list) and len(macs) == 2 and all(map(_is_rank, macs))):
             raise PlanError(f'"macs" is {macs!r}, two whole numbers are needed', layer=name)

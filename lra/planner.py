@@ -17,7 +17,7 @@ from caffe_proto.shape_inference import InputShapes
 from . import ranks as policy
 from .plan import LayerPlan, Plan
 from .ranks import Infeasible, Option
-from .schemes import SCHEMES
+from .schemes import ALL_SCHEMES
 from .schemes.base import Scheme, Spectrum
 from .styles import STYLES
 from .targets import Found, Spectra, Target, find
@@ -103,6 +103,8 @@ def make_plan(
     Raises UsageError, PlanError or WeightsError, each naming layer and figure.
     """
     _check_request(scheme, style, scope, round_to, speedup, energy, ranks, rank_config)
+    if scheme == "response" and images is None:
+        raise UsageError("the response scheme fits responses", hint="give images (--images)")
     if images is not None and (model.weights is None or scheme == "kmeans"):
         raise UsageError(
             "responses cannot be fitted " + ("by kmeans" if model.weights else "without weights")
@@ -118,6 +120,8 @@ def make_plan(
     targets = Choice(fc, tuple(except_layers), tuple(only) if only is not None else None).targets(found, kept)
     if not targets:
         raise UsageError("no layer is left to decompose", path=model.net.path, hint=_why(kept))
+    if scheme == "response":
+        targets = _sampled(found, spectra, targets, images, kept)
     target: dict[str, Any]
     if speedup is not None:
         layers, target = job.by_speedup(targets, speedup, scope), {"speedup": speedup, "scope": scope}
@@ -139,6 +143,23 @@ def make_plan(
     return Plan({name: layers[name] for name in order}, kept, target, net, weights)
 
 
+def _sampled(
+    found: Found, spectra: Spectra, targets: list[Target], images: Any, kept: dict[str, str]
+) -> list[Target]:
+    """The targets whose responses can be sampled, with the energies of those; the others are kept."""
+    from .calibration import Calibration  # brings onnxruntime, which the weights alone do not need
+    from .fitting import can_fit, sample_spectra
+
+    chosen = [target for target in targets if can_fit(found, target)]
+    for target in targets:
+        if target not in chosen:
+            kept[target.name] = "its responses cannot be sampled"
+    if not chosen:
+        raise UsageError("no layer is left to decompose", path=found.model.net.path, hint=_why(kept))
+    sample_spectra(found, spectra, chosen, Calibration.of(found.shaped.graph, images))
+    return chosen
+
+
 def _why(kept: Mapping[str, str]) -> str | None:
     return "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3]) or None
 
@@ -148,7 +169,7 @@ def _check_request(
     speedup: float | None, energy: float | None, ranks: object, rank_config: object,
 ) -> None:  # fmt: skip
     for value, known, what in (
-        (scheme, ("auto", *SCHEMES), "scheme"),
+        (scheme, ("auto", *ALL_SCHEMES), "scheme"),
         (style, STYLES, "style"),
         (scope, ("all", "conv"), "scope"),
     ):
@@ -183,7 +204,7 @@ class _Job:
         names = AUTO if self.scheme == "auto" else (self.scheme,)
         if target.shape[2:] == (1, 1) and self.scheme == "auto":
             names = ("pca",)
-        return [SCHEMES[name] for name in names]
+        return [ALL_SCHEMES[name] for name in names]
 
     def by_speedup(self, targets: list[Target], speedup: float, scope: str) -> dict[str, LayerPlan]:
         cost = count(self.found.shaped)
@@ -245,7 +266,7 @@ class _Job:
                 self.kept[target.name] = self._never_cheaper(target) or "the speed-up is reached without it"
             else:
                 name, rank = cast(tuple[str, int], option.key)
-                layers[target.name] = self.entry(target, SCHEMES[name], rank)
+                layers[target.name] = self.entry(target, ALL_SCHEMES[name], rank)
         return layers
 
     def _never_cheaper(self, target: Target) -> str | None:
@@ -288,7 +309,7 @@ class _Job:
                 hint=f"one each is needed, in this order: {names}",
             )
         return self._explicit(
-            [(target, SCHEMES[self.scheme], rank) for target, rank in zip(targets, ranks, strict=True)]
+            [(target, ALL_SCHEMES[self.scheme], rank) for target, rank in zip(targets, ranks, strict=True)]
         )
 
     def by_config(self, targets: list[Target], config: RankConfig) -> dict[str, LayerPlan]:
@@ -302,7 +323,7 @@ class _Job:
             name = entry.scheme or ("pca" if self.scheme == "auto" else self.scheme)
             if len(entry.ranks) != 1:
                 raise PlanError(f"{len(entry.ranks)} ranks, {name} takes one", layer=target.name)
-            wanted.append((target, SCHEMES[name], entry.ranks[0]))
+            wanted.append((target, ALL_SCHEMES[name], entry.ranks[0]))
         for name in config:
             if name in self.found.refused:
                 raise UsageError(f"cannot be decomposed: {self.found.refused[name]}", layer=name)

@@ -203,6 +203,10 @@ class Spectra:
         self._step = step
         self._made: dict[tuple[str, str], Spectrum] = {}
 
+    def put(self, target: Target, scheme: Scheme, spectrum: Spectrum) -> None:
+        """Give a factorization that the weights alone do not determine."""
+        self._made[target.name, scheme.name] = spectrum
+
     def get(self, target: Target, scheme: Scheme) -> Spectrum:
         """The factorization of a layer by a scheme. Raises WeightsError where it has no weights, or infinite ones."""
         key = (target.name, scheme.name)

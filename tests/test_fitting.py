@@ -177,3 +177,45 @@ def test_calibration_takes_arrays_by_blob() -> None:
     built = graph.build(residual().net)
     x = images(4)
     assert Calibration.of(built, {"data": x}).record() == Calibration.of(built, x).record()
+
+
+def test_the_response_scheme_is_exact_at_full_rank() -> None:
+    model, x = residual(), images()
+    given = {"scheme": "response", "ranks": [8, 8], "only": ["a", "b"], "even_if_slower": True}
+    fitted, _ = lra.apply(lra.make_plan(model, **given, images=x), model, images=x)  # type: ignore[arg-type]
+    assert apart(model, fitted, images(9)) < 2e-3
+    assert [layer.name for layer in fitted.net.layers][2:4] == ["a_lowrank", "a_linear"]
+
+
+def test_response_energies_choose_the_ranks() -> None:
+    """The PCA energy that is retained of the folded responses, in every group: Zhang et al., eq. 13."""
+    model, x = residual(), images()
+    plan = lra.make_plan(model, scheme="response", energy=0.9, only=["a"], images=x, even_if_slower=True)
+    built = graph.build(model.net)
+    shaped = infer(built)
+    index = next(i for i, node in enumerate(built.nodes) if node.name == "a")
+    behind = following(shaped, binding.bind(shaped, model.weights), index)
+    with cp.session(
+        Model(parse(RESIDUAL.split('layer { name: "bn"')[0]), model.weights), threads=1
+    ) as opened:
+        (maps,) = opened.run({"data": x}).values()
+    flat = maps.transpose(0, 2, 3, 1).reshape(-1, 8) * behind.scale
+    energies = np.linalg.eigvalsh(np.cov(flat, rowvar=False))[::-1]
+    expected = int(np.searchsorted(np.cumsum(energies) / energies.sum(), 0.9)) + 1
+    assert abs(plan.layers["a"].ranks[0] - expected) <= 1  # sampled places against all of them
+
+
+def test_response_at_a_speedup_beats_filters_from_the_weights_alone() -> None:
+    model = cp.load(*LENET)
+    calibration, _ = drawn(300, seed=1)
+    test, _ = drawn(300, seed=2)
+    plain, _ = lra.apply(lra.make_plan(model, scheme="pca", speedup=2.0), model)
+    plan = lra.make_plan(model, scheme="response", speedup=2.0, images=calibration)
+    fitted, report = lra.apply(plan, model, images=calibration)
+    assert report.macs[0] >= 2 * report.macs[1]
+    assert apart(model, fitted, test) < apart(model, plain, test)
+
+
+def test_the_response_scheme_needs_images() -> None:
+    with pytest.raises(UsageError, match="fits responses"):
+        lra.make_plan(residual(), scheme="response", ranks=[4, 4], only=["a", "b"])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..decomposition import Decomposition, Geometry, Shape, Step, StepShape
 from ..linalg import AffineMap, Array
-from .base import _shape, split_groups
+from .base import Scheme, Spectrum, _shape, split_groups
 from .cross_filter import cluster_structure
 
 
@@ -32,6 +32,32 @@ def structure(shape: Shape, geometry: Geometry, rank: int) -> tuple[StepShape, .
         ValueError: the rank is no positive multiple of the groups, or above `max_rank`.
     """
     return cluster_structure(shape, geometry, rank)
+
+
+class ResponseSpectrum(Spectrum):
+    """What a map of responses retains of their variance at every rank: PCA energies, group by group.
+
+    Args:
+        weight, geometry: of the layer.
+        responses: (n, out), as they are judged: behind BatchNorm and Scale, before the activation.
+
+    Reference: Zhang et al. 2015, arXiv:1505.06798, equations 4 and 13.
+    """
+
+    def __init__(self, weight: NDArray[Any], geometry: Geometry, responses: NDArray[Any]) -> None:
+        parts = np.split(responses, geometry.group, axis=1)
+        energies = [
+            np.linalg.eigvalsh(np.cov(part, rowvar=False, bias=True).reshape(part.shape[1], -1))
+            for part in parts
+        ]
+        super().__init__(weight, geometry, structure, np.maximum(np.stack(energies)[:, ::-1], 0))
+
+    def factor(self, rank: int, bias: NDArray[Any] | None = None) -> Decomposition:
+        raise ValueError("a response scheme is fitted to images, weights alone give no factors")
+
+
+def _no_images(_weight: NDArray[Any], _geometry: Geometry) -> Spectrum:
+    raise ValueError("a response scheme needs images")
 
 
 def factor(
@@ -121,3 +147,6 @@ def shifted_bias(mapping: AffineMap, bias: NDArray[Any] | None, group: int) -> A
         raise ValueError(f"bias of shape {bias.shape}: expected ({len(mapping.Q)},)")
     parts = zip(*(np.split(part, group) for part in (mapping.P, mapping.Q, bias)), strict=True)
     return mapping.b + np.concatenate([P @ (Q.T @ w0) for P, Q, w0 in parts])
+
+
+RESPONSE = Scheme("response", max_rank, structure, _no_images)
