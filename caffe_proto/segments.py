@@ -6,7 +6,7 @@ from them. Names and shapes are those of the graph at one batch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime
@@ -30,14 +30,29 @@ class Segments:
         self.engine = engine
         self._compiled: dict[tuple[frozenset[Value], tuple[Value, ...]], onnxruntime.InferenceSession] = {}
 
-    def live(self, index: int) -> tuple[Value, ...]:
-        """The values written by nodes up to ``index`` that nodes behind it read, in order."""
+    def live(self, index: int, readers: Container[int] | None = None) -> tuple[Value, ...]:
+        """The values written by nodes up to ``index`` that nodes behind it read, in order.
+
+        ``readers``: only what these nodes read counts.
+        """
         consumers = self.graph.consumers
         return tuple(
             value
             for value in self.graph.values()
-            if value.node <= index and any(reader > index for reader in consumers[value])
+            if value.node <= index
+            and any(reader > index and (readers is None or reader in readers) for reader in consumers[value])
         )
+
+    def behind(self, wanted: Iterable[Value]) -> set[int]:
+        """The nodes that the wanted values depend on, their own included."""
+        found: set[int] = set()
+        stack = list(wanted)
+        while stack:
+            index = stack.pop().node
+            if index not in found:
+                found.add(index)
+                stack += self.graph.nodes[index].inputs
+        return found
 
     def run(self, inputs: Mapping[Value, np.ndarray], outputs: Sequence[Value]) -> dict[Value, np.ndarray]:
         """The wanted values from given ones; a wanted value that is given is handed through.

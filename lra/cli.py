@@ -15,12 +15,14 @@ from caffe_proto.console import (
     input_shape_option,
     json_option,
     net_argument,
+    seed_option,
     state_options,
     threads_option,
 )
+from caffe_proto.errors import UsageError
 
 from . import outputs
-from .cli_decompose import STYLE_NAMES, decompose
+from .cli_decompose import STYLE_NAMES, calibration_options, decompose, read_calibration
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,19 +53,22 @@ def cli() -> None:
 @click.option(
     "--style", type=click.Choice(STYLE_NAMES), help="Layer names and rules; default: the plan's own."
 )
-@click.option("--force", is_flag=True, help="Also with other weights than the plan was made for.")
+@click.option("--force", is_flag=True, help="Also with other weights or images than the plan was made for.")
+@calibration_options
+@threads_option
+@seed_option
 @input_shape_option
 @state_options
 @json_option
 def apply(
     plan_file: str, net: str, weights: str | None, prefix: str, scheme: str, style: str | None, force: bool,
-    input_shapes: Any, phase: str, stages: Sequence[str], level: int, as_json: bool,
+    input_shapes: Any, phase: str, stages: Sequence[str], level: int, as_json: bool, **fitting: Any,
 ) -> None:  # fmt: skip
     """Carry a PLAN to a sibling of its net, by layer name: to the train_val of the deploy net it was made for.
 
     param, fillers, lr_mult and phases are kept, so that fine-tuning can start. Without WEIGHTS the structure
     alone is written. PLAN may be a rank file {"conv1": 8} as older tools write them. Layers that exist in one
-    phase only are found too.
+    phase only are found too. A plan that fits responses needs the images it was made with.
     """
     from caffe_proto.files import read_text
 
@@ -72,7 +77,14 @@ def apply(
 
     plan = Plan.from_json(read_text(plan_file), plan_file).completed(scheme, style)
     model = console.load_model(net, weights, phase, stages, level)
-    changed, report = carry(plan, model, force=force, sibling=True, input_shapes=input_shapes)
+    if fitting["images"] is not None and not (weights and plan.target.get("fit")):
+        raise UsageError("--images only goes with WEIGHTS and a plan that fits responses to them")
+    given = fitting | {"input_shapes": input_shapes}
+    images = read_calibration(model, given) if fitting["images"] is not None else None
+    with console.progress("fitting", len(plan.layers) + 1) as step:
+        changed, report = carry(
+            plan, model, images=images, step=step, force=force, sibling=True, input_shapes=input_shapes
+        )
     names = outputs.names(prefix, weights=weights is not None, onnx=False)
     outputs.write(names, changed, plan, [net, weights], plan_file, input_shapes)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +81,44 @@ def _names(values: Sequence[str]) -> list[str]:
     return names
 
 
-def _calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--images and its companions: with images the second layer of every chain is fitted to responses."""
     positions = click.option(
         "--positions", type=click.IntRange(1), default=10, show_default=True,
         help="With --images: places of each image at which responses are sampled.",
     )  # fmt: skip
     return image_options(positions(function), required=False, n_images=2000)
+
+
+def read_calibration(model: Model, given: Mapping[str, Any]) -> Calibration:
+    """The images that the options of ``calibration_options`` name, as the net wants them, all in memory."""
+    import numpy as np
+
+    from caffe_proto.data import open_source
+    from caffe_proto.data.batches import Batches
+    from caffe_proto.evaluation import image_input, input_shape
+    from caffe_proto.graph import build
+
+    from .calibration import Calibration
+
+    shape = input_shape(model, given["input_shapes"])
+    transform = prepared(model, shape, *(given[name] for name in ("mean", "scale", "crop", "resize", "bgr")))
+    inputs = None if shape is None else shape[1:]
+    seed, count = given["seed"], given["n_images"]
+    with open_source(
+        given["images"], root=given["root"], resize=transform.resize, color=transform.color
+    ) as source:
+        batches = Batches(
+            source, transform, n_images=count, seed=seed, shape=inputs, skip_bad=given["skip_bad"]
+        )
+        arrays = [batch.images for batch in batches]
+    for bad in batches.skipped:
+        click.echo(f"left out: {bad}", err=True)
+    if not arrays:
+        raise UsageError("none of its images can be read", path=given["images"])
+    graph = build(model.net)
+    blob = graph.blob(image_input(graph))
+    return Calibration({blob: np.concatenate(arrays)}, given["positions"], seed, given["threads"])
 
 
 @click.command()
@@ -152,7 +183,7 @@ def _calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
     metavar="X.npy|random",
     help="Run both nets on this input and print how far their outputs are apart.",
 )
-@_calibration_options
+@calibration_options
 @click.option("--onnx", is_flag=True, help="Also write PREFIX.onnx.")
 @click.option("--time", "time_it", is_flag=True, help="Also time both nets with onnxruntime.")
 @threads_option
@@ -222,7 +253,7 @@ class _Decompose:
         self._check()
         model = console.load_model(self.net, self.weights, self.phase, self.stages, self.level)
         found = find(model, self.input_shapes)
-        images = self._calibration(model) if self.images is not None else None
+        images = read_calibration(model, vars(self)) if self.images is not None else None
         with console.progress("factoring", len(found.targets)) as step:
             spectra = Spectra(found, step)
             plan = self._plan(model, found, spectra, images)
@@ -285,40 +316,6 @@ class _Decompose:
         """Refuse options that would be ignored."""
         for name in sorted(options & self.said):
             raise UsageError(f"--{name.rstrip('_').replace('_', '-')} {why}")
-
-    def _calibration(self, model: Model) -> Calibration:
-        """The images as the net wants them, all in memory."""
-        import numpy as np
-
-        from caffe_proto.data import open_source
-        from caffe_proto.data.batches import Batches
-        from caffe_proto.evaluation import image_input, input_shape
-        from caffe_proto.graph import build
-
-        from .calibration import Calibration
-
-        shape = input_shape(model, self.input_shapes)
-        transform = prepared(model, shape, self.mean, self.scale, self.crop, self.resize, self.bgr)
-        inputs = None if shape is None else shape[1:]
-        with open_source(
-            str(self.images), root=self.root, resize=transform.resize, color=transform.color
-        ) as source:
-            batches = Batches(
-                source,
-                transform,
-                n_images=self.n_images,
-                seed=self.seed,
-                shape=inputs,
-                skip_bad=self.skip_bad,
-            )
-            arrays = [batch.images for batch in batches]
-        for bad in batches.skipped:
-            click.echo(f"left out: {bad}", err=True)
-        if not arrays:
-            raise UsageError("none of its images can be read", path=self.images)
-        graph = build(model.net)
-        blob = graph.blob(image_input(graph))
-        return Calibration({blob: np.concatenate(arrays)}, self.positions, self.seed, self.threads)
 
     def _plan(self, model: Model, found: Found, spectra: Spectra, images: Calibration | None) -> Plan:
         from caffe_proto.files import read_text

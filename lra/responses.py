@@ -130,10 +130,12 @@ class Walker:
                 filled = store.new(x.shape)
                 filled[:] = x
                 store.put(value, filled)
-            for job in sorted(jobs, key=lambda job: job.target.index):
-                advance(self.parts, store, job.target.index - 1)
+            ordered = sorted(jobs, key=lambda job: job.target.index)
+            for position, job in enumerate(ordered):
+                advance(self.parts, store, job.target.index - 1, self._goals(ordered[position:]))
                 fitted[job.target.name] = self._layer(store, job, samples[job.target.name], solve)
                 self._install(store, job.target, fitted[job.target.name].chain)
+                advance(self.parts, store, job.target.index, self._goals(ordered[position + 1 :]))
                 self.step()
         return fitted
 
@@ -176,7 +178,7 @@ class Walker:
         return taken
 
     def _install(self, store: Store, target: Target, chain: Decomposition) -> None:
-        """Put the fitted layer's output where the original's would stand, and let go what only it read."""
+        """Put the fitted layer's output where the original's would stand."""
         (bottom,) = self.shaped.graph.nodes[target.index].inputs
         value = Value(target.index, 0)
         runner = Chain(chain.steps, self.engine, (self.batch, *store[bottom].shape[1:]))
@@ -184,7 +186,13 @@ class Walker:
         for start, stop in batches(self.n_images, self.batch):
             filled[start:stop] = runner(store[bottom][start:stop])
         store.put(value, filled)
-        advance(self.parts, store, target.index)
+
+    def _goals(self, jobs: Sequence[Job]) -> list[Value]:
+        """What fitting these layers needs: their bottoms, and the shortcuts added to what they make."""
+        nodes = self.shaped.graph.nodes
+        found = [value for job in jobs for value in nodes[job.target.index].inputs]
+        shortcuts = (self.behind(job.target).shortcut for job in jobs)
+        return [*found, *(value for value in shortcuts if value is not None)]
 
 
 Solver = Callable[[Array, Job, Following, Samples, "Array | None"], Fitted]

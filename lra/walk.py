@@ -6,7 +6,7 @@ so that the next layer's input is one part of the net away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,9 +99,11 @@ def batches(n_images: int, size: int) -> Iterator[tuple[int, int]]:
         yield max(0, stop - size), stop
 
 
-def advance(parts: Segments, store: Store, index: int) -> None:
-    """Bring the stored values up to node ``index``: afterwards exactly the values alive behind it are stored."""
-    wanted = parts.live(index)
+def advance(parts: Segments, store: Store, index: int, goals: Collection[Value]) -> None:
+    """Bring the stored values up to node ``index``: afterwards exactly those that the goals still need are stored."""
+    readers = parts.behind(goals)
+    reached = (goal for goal in goals if goal.node <= index)
+    wanted = tuple(dict.fromkeys((*parts.live(index, readers), *reached)))
     missing = [value for value in wanted if value not in store]
     if missing:
         made = {value: store.new(parts.shaped.shapes[value]) for value in missing}
