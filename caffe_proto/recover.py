@@ -124,6 +124,8 @@ def recover(stored: Weights) -> Recovered:
             if _unknown(inner):
                 what = "is of a type that is not known here"
             raise CaffemodelError(what, path=stored.path, layer=inner.name)
+    for layer in net.layer:
+        _refuse_collision(layer, stored.path)
     is_v0 = any(layer.HasField("layer") for layer in net.layers)
     splits = _fold_splits(layers)
     for split in splits:
@@ -133,6 +135,28 @@ def recover(stored: Weights) -> Recovered:
     dialect = "V0" if is_v0 else "V1" if net.layers else "V2"
     text = net_text(net)
     return Recovered(text, dialect, len(layers), tuple(split.name for split in splits))
+
+
+# Blocks whose numbers forks use for other blocks (Wen's 147 is sparsify_param): believed in layers of these types only.
+_COLLIDING = {
+    "elu_param": "ELU",
+    "bias_param": "Bias",
+    "swish_param": "Swish",
+    "clip_param": "Clip",
+}
+
+
+def _refuse_collision(layer: Any, path: str | None) -> None:
+    """Raise CaffemodelError where a block can only be read as what BVLC means by its number, and the type says otherwise."""
+    for name, kind in _COLLIDING.items():
+        if layer.HasField(name) and layer.type != kind:
+            number = layer.DESCRIPTOR.fields_by_name[name].number
+            raise CaffemodelError(
+                f"is of type {layer.type} and has field {number}, {name} in BVLC and another block in a fork",
+                path=path,
+                layer=layer.name,
+                hint="take the prototxt that the weights were trained with",
+            )
 
 
 def _fold_splits(layers: Sequence[Any]) -> list[Any]:

@@ -369,3 +369,16 @@ def test_names_that_no_text_can_hold_are_refused(
     assert main([command, str(source), "-o", str(tmp_path / "out")]) == 2
     assert "net definition is damaged" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["w.caffemodel"]
+
+
+def test_a_forks_block_under_a_number_of_bvlc_is_never_misread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wen's sparsify_param { thre: 0.5 } is field 147, swish_param in BVLC."""
+    block = wire.encode_bytes(147, wire.tag(1, wire.FIXED32) + np.float32(0.5).tobytes())
+    names = wire.encode_bytes(1, b"sparse") + wire.encode_bytes(2, b"Sparsify") + wire.encode_bytes(4, b"top")
+    source = tmp_path / "w.caffemodel"
+    source.write_bytes(wire.encode_bytes(100, names + block))
+    assert main(["recover", str(source), "-o", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert 'layer "sparse"' in line and "field 147, swish_param in BVLC and another block in a fork" in line
