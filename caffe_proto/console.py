@@ -110,11 +110,6 @@ def table(
     click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def million(macs: int) -> str:
-    """MACs in millions, three decimals."""
-    return f"{macs / 1e6:,.3f} M"
-
-
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A callable that counts one step; draws a bar on stderr once two seconds are over, on a terminal only."""

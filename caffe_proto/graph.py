@@ -8,7 +8,7 @@ rewritten value is read under another shape. In-place layers then need no code a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -68,11 +68,6 @@ class Graph:
         return {value: tuple(nodes) for value, nodes in readers.items()}
 
     @cached_property
-    def last_use(self) -> dict[Value, int]:
-        """For each value, the last node that reads it, or the one that made it."""
-        return {value: max(readers, default=value.node) for value, readers in self.consumers.items()}
-
-    @cached_property
     def outputs(self) -> tuple[str, ...]:
         """The blobs nobody reads at the end, which Caffe prints as the net's outputs, in order of writing."""
         return tuple(
@@ -99,12 +94,16 @@ class Graph:
         """The blob name a value is written to."""
         return self.nodes[value.node].layer.tops[value.top]
 
-    def checked(self) -> Graph:
-        """The graph itself; raises the first problem of a layer that is not understood."""
-        for node in self.nodes:
-            if node.problem is not None:
-                raise node.problem
-        return self
+    def needed(self, wanted: Iterable[Value], given: Container[Value] = ()) -> set[int]:
+        """The nodes that the wanted values depend on, their own included, as far as given values do not stand for them."""
+        found: set[int] = set()
+        stack = [value for value in wanted if value not in given]
+        while stack:
+            index = stack.pop().node
+            if index not in found:
+                found.add(index)
+                stack += [value for value in self.nodes[index].inputs if value not in given]
+        return found
 
 
 @dataclass
@@ -252,8 +251,8 @@ def _check_loss_weights(weights: int, tops: int, loss: bool) -> None:
 def build(net: Net) -> Graph:
     """The graph of the layers that exist in the net's state.
 
-    Layers of unknown type or with fields that are not understood become nodes with a ``problem``; whoever
-    needs them calls ``checked``. Raises NetError where the wiring itself is wrong.
+    Layers of unknown type or with fields that are not understood become nodes with a ``problem``, which whoever
+    needs them raises. Raises NetError where the wiring itself is wrong.
     """
     _check_root(net)
     return _Builder(net).build()

@@ -85,7 +85,7 @@ def draw(model: Model, request: Request) -> Export:
     built = graph_of(model, request)
     names = _asked(built, request.outputs)
     sources = source_shapes(built, request)
-    needed = _needed(built, [built.final[name] for name in names])
+    needed = built.needed(built.final[name] for name in names)
     for index in sorted(needed):
         problem = built.nodes[index].problem
         if problem is not None:
@@ -114,18 +114,6 @@ def _asked(built: Graph, outputs: Iterable[str] | None) -> list[str]:
                 f'there is no blob "{name}"', path=built.path, hint=nearest(name, list(built.final))
             )
     return names
-
-
-def _needed(built: Graph, wanted: Iterable[Value]) -> set[int]:
-    """The nodes that the wanted values depend on."""
-    found: set[int] = set()
-    stack = [value.node for value in wanted]
-    while stack:
-        index = stack.pop()
-        if index not in found:
-            found.add(index)
-            stack += [value.node for value in built.nodes[index].inputs]
-    return found
 
 
 def _only(shaped: Shaped, needed: set[int]) -> Shaped:

@@ -43,17 +43,6 @@ class Segments:
             and any(reader > index and (readers is None or reader in readers) for reader in consumers[value])
         )
 
-    def behind(self, wanted: Iterable[Value]) -> set[int]:
-        """The nodes that the wanted values depend on, their own included."""
-        found: set[int] = set()
-        stack = list(wanted)
-        while stack:
-            index = stack.pop().node
-            if index not in found:
-                found.add(index)
-                stack += self.graph.nodes[index].inputs
-        return found
-
     def run(self, inputs: Mapping[Value, np.ndarray], outputs: Sequence[Value]) -> dict[Value, np.ndarray]:
         """The wanted values from given ones; a wanted value that is given is handed through.
 
@@ -70,10 +59,6 @@ class Segments:
             made.update(zip(wanted, session.run([_name(value) for value in wanted], feeds), strict=True))
         return made
 
-    def release(self) -> None:
-        """Drop the compiled parts."""
-        self._compiled.clear()
-
     def _compile(self, given: frozenset[Value], wanted: tuple[Value, ...]) -> onnxruntime.InferenceSession:
         sheet = Sheet()
         nodes = self._between(given, wanted)
@@ -88,21 +73,14 @@ class Segments:
         export = Export(sheet, self.shaped, inputs, outputs, shapes, fixed, "segment")
         return open_onnx(to_onnx(export).SerializeToString(), self.engine)
 
-    def _between(self, given: Iterable[Value], wanted: Iterable[Value]) -> list[int]:
-        """The nodes that the wanted values need beyond the given ones, in order."""
-        known = set(given)
-        found: set[int] = set()
-        stack = [value for value in wanted if value not in known]
-        while stack:
-            value = stack.pop()
-            if value.node in found:
-                continue
-            node = self.graph.nodes[value.node]
+    def _between(self, given: frozenset[Value], wanted: Iterable[Value]) -> list[int]:
+        """The nodes that the wanted values need beyond the given ones, in order; no source may be among them."""
+        found = sorted(self.graph.needed(wanted, given))
+        for index in found:
+            node = self.graph.nodes[index]
             if node.spec is not None and node.spec.source:
-                raise UnsupportedError(f'the input "{self.graph.blob(value)}" is not given', layer=node.name)
-            found.add(value.node)
-            stack += [one for one in node.inputs if one not in known]
-        return sorted(found)
+                raise UnsupportedError(f'the input "{node.layer.tops[0]}" is not given', layer=node.name)
+        return found
 
     def _write(self, sheet: Sheet, index: int, names: Mapping[Value, str]) -> None:
         node = self.graph.nodes[index]

@@ -20,7 +20,7 @@ from caffe_proto.runtime import Engine
 from caffe_proto.segments import Segments
 from caffe_proto.shape_inference import Shaped
 
-from .decomposition import Decomposition, Step
+from .decomposition import Decomposition
 from .following import Following, following
 from .targets import Target
 from .walk import Chain, Places, Store, advance, batches, columns
@@ -150,12 +150,8 @@ class Walker:
 
     def _features(self, maps: Array, job: Job, places: Places) -> Array:
         """What the last free step reads at the places, (n, K, kw): the chain's first step over all images."""
-        first, second = job.start.steps[0], job.start.steps[1]
-        chain = Chain(
-            (Step("", first.weight, None, first.stride, first.pad, first.dilation, first.group),),
-            self.engine,
-            (self.batch, *maps.shape[1:]),
-        )
+        first, second = job.start.steps
+        chain = Chain((first,), self.engine, (self.batch, *maps.shape[1:]))
         taken = np.empty((len(places), first.shape[0], second.shape[3]), np.float32)
         for start, stop in batches(self.n_images, self.batch):
             here, which = places.within(start, stop)

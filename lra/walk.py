@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from caffe_proto.graph import Value
-from caffe_proto.layers.emit import Sheet
+from caffe_proto.layers.emit import NodeRecord, Sheet
 from caffe_proto.onnx_export import Export, to_onnx
 from caffe_proto.runtime import Engine, open_onnx
 from caffe_proto.segments import Segments
@@ -101,7 +101,7 @@ def batches(n_images: int, size: int) -> Iterator[tuple[int, int]]:
 
 def advance(parts: Segments, store: Store, index: int, goals: Collection[Value]) -> None:
     """Bring the stored values up to node ``index``: afterwards exactly those that the goals still need are stored."""
-    readers = parts.behind(goals)
+    readers = parts.graph.needed(goals)
     reached = (goal for goal in goals if goal.node <= index)
     wanted = tuple(dict.fromkeys((*parts.live(index, readers), *reached)))
     missing = [value for value in wanted if value not in store]
@@ -139,8 +139,6 @@ class Chain:
 
 
 def _convolution(sheet: Sheet, source: str, step: Step, position: int) -> str:
-    from caffe_proto.layers.emit import NodeRecord
-
     arrays = [("weight", step.weight)] + ([("bias", step.bias)] if step.bias is not None else [])
     names = []
     for what, array in arrays:
