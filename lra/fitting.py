@@ -1,7 +1,7 @@
 """From a plan and images to fitted chains: which steps are free, and how their numbers come back to the file.
 
-The first step of a chain is kept as the weights give it; what reads it is fitted: H of a V/H pair in full, or of
-low rank as H' and P; the 1 x 1 layer behind filters. Fitting happens behind BatchNorm and Scale, ``scale*y + shift``,
+The first step of a chain is kept as the weights give it; what reads it is fitted: H of a V/H pair, the 1 x 1 layer
+behind filters. The response scheme starts from the whole layer, and a low-rank map of its responses splits it. Fitting happens behind BatchNorm and Scale, ``scale*y + shift``,
 and is undone from there, so those layers stay in the net.
 """
 
@@ -81,7 +81,7 @@ def solve(features: Array, job: Job, behind: Following, samples: Samples, shortc
     first, second = job.start.steps
     scale = np.where(
         behind.scale == 0, 1.0, behind.scale
-    )  # a dead channel: whatever is fitted is multiplied by 0
+    )  # a dead channel is multiplied by 0 whatever is fitted
     target = samples.responses * behind.scale + behind.shift
     if samples.shortcut is not None:
         target += samples.shortcut
