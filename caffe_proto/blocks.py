@@ -59,6 +59,11 @@ class Block:
 
     def text(self) -> str:
         """The edited copy."""
+        shifted = [Edit(e.start - self.start, e.end - self.start, e.text) for e in self.edits()]
+        return splice(self.document.text[self.start : self.end], shifted)
+
+    def edits(self) -> list[Edit]:
+        """What changes, in the document's own positions."""
         replaced = dict(self._edits)
         inserted: list[Edit] = []
         for anchor, item in self._added:
@@ -71,9 +76,7 @@ class Block:
         for start, items in self._first.items():
             space = "" if self.document.text[start].isspace() else " "
             inserted.append(Edit(start, start, f" {' '.join(items)}{space}"))
-        edits = [*inserted, *(Edit(start, end, new) for (start, end), new in replaced.items())]
-        shifted = [Edit(e.start - self.start, e.end - self.start, e.text) for e in edits]
-        return splice(self.document.text[self.start : self.end], shifted)
+        return [*inserted, *(Edit(start, end, new) for (start, end), new in replaced.items())]
 
     def _instead(self, whole: tuple[int, int], item: str) -> str:
         """The text of an item in the place of a removed field: whole lines for whole lines."""

@@ -17,7 +17,7 @@ from .graph import Graph, Node, Value, build
 from .layers import LAYERS
 from .layers.ends import SourceParams
 from .layers.shape import VIEW
-from .layers.spec import Channels, Shape
+from .layers.spec import Shape
 from .net import Layer, Net, NetState, nearest
 from .rewrite import Namer
 from .shape_inference import InputShapes
@@ -125,7 +125,7 @@ def _is_gather(node: Node) -> bool:
 
 
 def _learns(node: Node) -> bool:
-    return node.spec is not None and node.spec.channels is Channels.OWN
+    return node.spec is not None and node.spec.filters
 
 
 def _is_loss(layer: Layer) -> bool:

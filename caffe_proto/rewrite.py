@@ -1,13 +1,13 @@
-"""The one place where a net is changed: layers replaced in the text and in the weights, together.
+"""The one place where a net is changed: layers replaced or narrowed in the text and in the weights, together.
 
-An edit says what shall stand in the place of a layer. The new blocks are edited copies of the old one, so
+An edit says what shall stand in the place of a layer, or which of its numbers change. The new blocks are edited copies of the old one, so
 the file's manner, phase rules, fillers, ``param`` blocks and unknown fields carry over; everything outside
 stays byte for byte. Blobs keep their names: the last new layer writes the old tops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,6 +61,31 @@ class Replace:
 
 
 @dataclass(frozen=True)
+class NewValues:
+    """The values of one field in a nested block of a layer, ``("reshape_param", "shape")``, as literals.
+
+    ``add``: the field is added, with its block, where the layer has none.
+    """
+
+    block: tuple[str, ...]
+    name: str
+    values: tuple[str, ...]
+    add: bool = False
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Change numbers in every block named ``layer``, and its blobs; all else stays byte for byte.
+
+    Without ``blobs`` the weights are left alone.
+    """
+
+    layer: str
+    values: tuple[NewValues, ...]
+    blobs: Blobs | None
+
+
+@dataclass(frozen=True)
 class Namer:
     """Names for new layers and blobs that nothing in the net or its weights has yet."""
 
@@ -84,12 +109,12 @@ class Namer:
         return name
 
 
-def apply(model: Model, edits: Sequence[Replace]) -> Model:
-    """The model with its layers replaced; weights are replaced where the model has any.
+def apply(model: Model, edits: Sequence[Replace | Narrow]) -> Model:
+    """The model with its layers replaced or narrowed; weights are replaced where the model has any.
 
     A V0 net, and weights in V0 form, become V2: what is changed is the upgraded text.
 
-    Raises NetError where a layer to replace does not exist.
+    Raises NetError where a layer to change does not exist.
     """
     net = model.net.upgraded
     changes: list[Edit] = []
@@ -97,6 +122,9 @@ def apply(model: Model, edits: Sequence[Replace]) -> Model:
         blocks = [layer for layer in net.all_layers if layer.name == edit.layer]
         if not blocks:
             raise NetError(f'there is no layer "{edit.layer}"', path=net.path)
+        if isinstance(edit, Narrow):
+            changes += [change for layer in blocks for change in _new_values(layer, edit.values)]
+            continue
         for other in blocks:
             if len(other.tops) != len(blocks[0].tops):
                 what = "stands in the file twice, with other tops"
@@ -104,7 +132,8 @@ def apply(model: Model, edits: Sequence[Replace]) -> Model:
         changes += [Edit(*layer.span, _join(net, layer, edit.new)) for layer in blocks]
     document = text.parse(text.splice(net.text, changes), net.path)
     changed = _renamed(
-        replace(net, document=document), {old: new for edit in edits for old, new in edit.rename.items()}
+        replace(net, document=document),
+        {old: new for edit in edits if isinstance(edit, Replace) for old, new in edit.rename.items()},
     )
     weights = model.weights
     if weights is not None:
@@ -113,16 +142,48 @@ def apply(model: Model, edits: Sequence[Replace]) -> Model:
             weights = upgrade_weights.upgrade_weights(weights).weights()
         written = {layer.name: layer for layer in changed.all_layers}
         v1 = weights.dialect.name == "V1"
-        stored = {
-            edit.layer: [
-                NewEntry(new.name, new.blobs, definition(written[new.name], new.block, v1))
-                for new in edit.new
-                if new.blobs
-            ]
-            for edit in edits
-        }
+        stored = {edit.layer: list(_entries(edit, written, v1)) for edit in edits if _stores(edit)}
         weights = weights.replace(stored)
     return replace(model, net=changed, weights=weights)
+
+
+def _stores(edit: Replace | Narrow) -> bool:
+    return isinstance(edit, Replace) or edit.blobs is not None
+
+
+def _entries(edit: Replace | Narrow, written: Mapping[str, Layer], v1: bool) -> Iterator[NewEntry]:
+    """What the weights hold in the place of a layer."""
+    if isinstance(edit, Replace):
+        for new in edit.new:
+            if new.blobs:
+                yield NewEntry(new.name, new.blobs, definition(written[new.name], (new.block,), v1))
+    elif edit.blobs:
+        layer = written[edit.layer]
+        known = schema.message_class("V1LayerParameter" if v1 else "LayerParameter").DESCRIPTOR.fields_by_name
+        blocks = {field.name for field in layer.message.fields if field.name.endswith("_param")}
+        yield NewEntry(edit.layer, edit.blobs, definition(layer, sorted(blocks & set(known)), v1))
+
+
+def _new_values(layer: Layer, values: Sequence[NewValues]) -> Iterator[Edit]:
+    """The edits to one block: numbers in their places, or fields added."""
+    block = Block(layer.document, *layer.span)
+    for one in values:
+        message, depth = layer.message, 0
+        while depth < len(one.block) and (found := message.last(one.block[depth])) is not None:
+            if not isinstance(found.value, Message):
+                raise NetError(f"{one.block[depth]} is no block", line=layer.line, layer=layer.name)
+            message, depth = found.value, depth + 1
+        old = [field.value for field in message.all(one.name)] if depth == len(one.block) else []
+        if len(old) == len(one.values):
+            yield from (Edit(was.start, was.end, new) for was, new in zip(old, one.values, strict=True))
+        elif depth == len(one.block) and (old or one.add):
+            block.set(message, one.name, one.values)
+        elif one.add:
+            inner = " ".join(f"{one.name}: {value}" for value in one.values)
+            for name in reversed(one.block[depth:]):
+                inner = f"{name} {{ {inner} }}"
+            block.add(message, [inner])
+    yield from block.edits()
 
 
 def _renamed(net: Net, names: Mapping[str, str]) -> Net:
@@ -229,14 +290,14 @@ def _param_lists(block: Block, layer: Layer, new: NewLayer) -> None:
         block.set(layer.message, name, values[: new.params], ("top",))
 
 
-def definition(layer: Layer, block: str, v1: bool) -> bytes:
-    """A layer without its blobs, as a caffemodel embeds it: name, type, bottoms, tops and parameter block."""
+def definition(layer: Layer, blocks: Sequence[str], v1: bool) -> bytes:
+    """A layer without its blobs, as a caffemodel embeds it: name, type, bottoms, tops and parameter blocks."""
     from google.protobuf import text_format
 
     dialect = V1 if v1 else V2
     parameters: Any = schema.message_class("V1LayerParameter" if v1 else "LayerParameter")()
     if v1:
-        enumerator = next(name for name, kind in V1_TYPES.items() if kind == layer.type)
+        enumerator = next((name for name, kind in V1_TYPES.items() if kind == layer.type), "NONE")
         kind_ = wire.tag(dialect.type, wire.VARINT) + wire.encode_varint(_v1_number(enumerator))
     else:
         kind_ = wire.encode_bytes(dialect.type, layer.type.encode())
@@ -246,11 +307,14 @@ def definition(layer: Layer, block: str, v1: bool) -> bytes:
         *((dialect.top, name) for name in layer.tops),
     ]
     strings = b"".join(wire.encode_bytes(number, text_bytes(value)) for number, value in texts)
-    inner = layer.message.last(block)
-    if inner is not None and isinstance(inner.value, Message):
-        source = layer.document.text[inner.value.start : inner.value.end]
-        pool = parameters.DESCRIPTOR.file.pool
-        text_format.Parse(source, getattr(parameters, block), allow_unknown_field=True, descriptor_pool=pool)
+    pool = parameters.DESCRIPTOR.file.pool
+    for block in blocks:
+        inner = layer.message.last(block)
+        if inner is not None and isinstance(inner.value, Message):
+            source = layer.document.text[inner.value.start : inner.value.end]
+            text_format.Parse(
+                source, getattr(parameters, block), allow_unknown_field=True, descriptor_pool=pool
+            )
     return strings + kind_ + bytes(parameters.SerializeToString(deterministic=True))
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import NetError, ShapeError, UnsupportedError
+from .channels import Channels
+from .channels import same as same_channels
 from .emit import Emitter
+from .pointwise import slopes
 from .spec import (
     Affine,
     Arrays,
-    Channels,
     LayerSpec,
     Request,
     Shapes,
@@ -23,6 +25,7 @@ from .spec import (
 )
 
 _SEGNET_EPS = 1e-9
+_VARIANCE = 3  # the blob that holds it
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ def _bn_affine(p: BnParams, blobs: Arrays, _bottoms: Shapes) -> Affine | None:
     return scale, shift - mean * scale
 
 
+def _bn_channels(c: Channels, p: BnParams) -> None:
+    ids = c.places(0, 1)
+    for blob in range(p.stored[0]):
+        c.cut(blob, 1, ids, zero=blob != _VARIANCE)
+    c.top(0, 1, ids)
+
+
 def _bn(e: Emitter, p: BnParams) -> None:
     affine = _bn_affine(p, e.blobs, e.in_shapes)
     column = (-1, 1, 1)
@@ -108,6 +118,10 @@ def _axpy_infer(_params: None, bottoms: Shapes) -> Shapes:
     return (x,)
 
 
+def _axpy_channels(c: Channels, _params: None) -> None:
+    c.top(0, 1, c.joint(*(c.places(i, 1) for i in range(3))))
+
+
 def _axpy(e: Emitter, _params: None) -> None:
     """a*x + y, one a for each channel of each item."""
     scale, ndim, have = e.inputs[0], len(e.in_shapes[1]), len(e.in_shapes[0])
@@ -123,6 +137,13 @@ def _shuffle_infer(group: int, bottoms: Shapes) -> Shapes:
     if len(shape) != 4 or shape[1] % group:
         raise ShapeError(f"{text(shape)} has no channels that {group} groups divide")
     return (shape,)
+
+
+def _shuffle_channels(c: Channels, group: int) -> None:
+    """What stands at one place of every group goes together: then the rest is shuffled as before."""
+    rows = c.places(0, 1).reshape(group, -1)
+    c.tie(*rows)
+    c.top(0, 1, rows.T.ravel())
 
 
 def _shuffle(e: Emitter, group: int) -> None:
@@ -182,31 +203,43 @@ SPECS = {
         blobs=_bn_blobs,
         onnx=_bn,
         affine=_bn_affine,
+        channels=_bn_channels,
         understood=fork_fields("bn_param"),
     ),
     "Axpy": LayerSpec(
         infer=_axpy_infer,
         onnx=_axpy,
         bottoms=(3, 3),
-        channels=Channels.TIED,
+        channels=_axpy_channels,
         understood=fork_fields("axpy_param"),
     ),
     "ShuffleChannel": LayerSpec(
         params=lambda r: at_least(r["shuffle_channel_param"]["group"], 1, "group"),
         infer=_shuffle_infer,
         onnx=_shuffle,
-        channels=Channels.FIXED,
+        channels=_shuffle_channels,
         understood=fork_fields("shuffle_channel_param"),
     ),
-    "ReLU6": LayerSpec(params=_read_relu6, infer=same, onnx=_relu6, understood=fork_fields("relu6_param")),
+    "ReLU6": LayerSpec(
+        params=_read_relu6,
+        infer=same,
+        onnx=_relu6,
+        channels=same_channels,
+        understood=fork_fields("relu6_param"),
+    ),
     "Sparsify": LayerSpec(
-        params=_read_sparsify, infer=same, onnx=_sparsify, understood=fork_fields("sparsify_param")
+        params=_read_sparsify,
+        infer=same,
+        onnx=_sparsify,
+        channels=same_channels,
+        understood=fork_fields("sparsify_param"),
     ),
     "SymmetricRectify": LayerSpec(
         params=lambda r: r["symmetric_rectify_param"]["channel_shared"],
         infer=same,
         blobs=_rectify_blobs,
         onnx=_rectify,
+        channels=slopes,
         understood=fork_fields("symmetric_rectify_param"),
     ),
 }

@@ -13,10 +13,10 @@ import numpy as np
 
 from ..errors import NetError, ShapeError, UnsupportedError
 from ..typed import Typed
+from .channels import Channels
 from .emit import Emitter
 from .spec import (
     SIDES,
-    Channels,
     LayerSpec,
     Request,
     Shape,
@@ -203,6 +203,32 @@ def _onnx(e: Emitter, p: ConvParams, transposed: bool) -> None:
             _merged_batch(e, p, g, index, axis, weight, transposed)
 
 
+def _channels(c: Channels, p: ConvParams, transposed: bool) -> None:
+    """Filters make channels; a depthwise one goes with the channel it reads, groups stay equally large."""
+    axis, _ = geometry(p, c.in_shapes[0])
+    ins = [c.places(i, axis) for i in range(len(c.bottoms))]
+    c.tie(*ins)
+    filters, read = c.own(p.num_output), ins[0]
+    by_row, by_column = (read, filters) if transposed else (filters, read)
+    c.cut(0, 0, by_row)
+    if p.group == 1:
+        c.cut(0, 1, by_column)
+    elif len(read) == p.group:
+        c.depthwise = True
+        c.tie(filters, np.repeat(read, p.num_output // p.group))
+        c.setting(("convolution_param",), "group", read)
+    else:
+        blocks = read.reshape(p.group, -1), filters.reshape(p.group, -1)
+        for one in blocks:
+            c.blocks(one)
+        c.cut(0, 1, blocks[transposed])
+    if p.bias:
+        c.cut(1, 0, filters)
+    c.setting(("convolution_param",), "num_output", filters)
+    for i in range(p.n_tops):
+        c.top(i, axis, filters)
+
+
 def _convolve(
     e: Emitter, p: ConvParams, g: Geometry, source: str, weight: str, to: str | None, transposed: bool
 ) -> str:
@@ -251,7 +277,8 @@ def _spec(transposed: bool) -> LayerSpec:
         onnx=lambda e, p: _onnx(e, p, transposed),
         bottoms=(1, None),
         tops=(1, None),
-        channels=Channels.OWN,
+        channels=lambda c, p: _channels(c, p, transposed),
+        filters=True,
         understood=SIDES,
     )
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from .channels import STAYS, Channels
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shapes, at_least, canonical_axis, size
+from .spec import LayerSpec, Request, Shapes, at_least, canonical_axis, size
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,24 @@ def _macs(p: DenseParams, bottoms: Shapes, _tops: Shapes) -> int:
     return size(bottoms[0]) * p.num_output
 
 
+def _channels(c: Channels, p: DenseParams) -> None:
+    """Rows are the layer's own; columns the places of the bottom, channel by channel where it has h and w."""
+    shape = c.in_shapes[0]
+    axis = canonical_axis(p.axis, len(shape))
+    inputs = size(shape[axis:])
+    labels = c.refolded(0, (*shape[:axis], inputs))
+    if labels is not None and labels.axis < axis:
+        c.stay(0, "works along another axis")
+    columns = labels.ids if labels is not None and labels.axis == axis else np.full(inputs, STAYS)
+    filters = c.own(p.num_output)
+    c.cut(0, int(p.transpose), filters)
+    c.cut(0, int(not p.transpose), columns)
+    if p.bias:
+        c.cut(1, 0, filters)
+    c.setting(("inner_product_param",), "num_output", filters)
+    c.top(0, axis, filters)
+
+
 def _onnx(e: Emitter, p: DenseParams) -> None:
     """Flatten to (M, K), Gemm, and back to the leading axes where they are not one."""
     shape, varies = e.in_shapes[0], e.dynamic_in[0]
@@ -64,6 +85,12 @@ def _onnx(e: Emitter, p: DenseParams) -> None:
 
 SPECS = {
     "InnerProduct": LayerSpec(
-        params=read, infer=_infer, blobs=_blobs, macs=_macs, onnx=_onnx, channels=Channels.OWN
+        params=read,
+        infer=_infer,
+        blobs=_blobs,
+        macs=_macs,
+        onnx=_onnx,
+        channels=_channels,
+        filters=True,
     )
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import NetError, ShapeError, UnsupportedError
+from .channels import Channels, planes
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shapes, at_least, fork_fields, size, text
+from .spec import LayerSpec, Request, Shapes, at_least, fork_fields, size, text
 
 _ROW = 7  # image, label, score, xmin, ymin, xmax, ymax
 _NOTHING = float("-inf")  # the score of a box that is not kept
@@ -237,13 +238,17 @@ def _roi(e: Emitter, p: RoiParams) -> None:
     e.node("MaxRoiPool", e.inputs[0], regions, to=e.outputs[0], pooled_shape=p.pooled, spatial_scale=p.scale)
 
 
+def _roi_channels(c: Channels, p: RoiParams) -> None:
+    c.stay(1, "reads boxes from them")
+    planes(c, p)
+
+
 SPECS = {
     "DetectionOutput": LayerSpec(
         params=_read_detection,
         infer=_detection_infer,
         onnx=_detection,
         bottoms=(3, 3),
-        channels=Channels.FIXED,
         understood=fork_fields("detection_output_param"),
         open_axes=(2,),
     ),
@@ -252,6 +257,7 @@ SPECS = {
         infer=_roi_infer,
         onnx=_roi,
         bottoms=(2, 2),
+        channels=_roi_channels,
         understood=fork_fields("roi_pooling_param"),
     ),
 }

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from ..errors import NetError, ShapeError
 from ..typed import Typed
+from .channels import ignored
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shape, Shapes, text
+from .spec import LayerSpec, Request, Shape, Shapes, text
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _source(params: Callable[[Request], SourceParams], tops: tuple[int, int | No
         onnx=None,
         bottoms=(0, 0),
         tops=tops,
-        channels=Channels.FIXED,
+        channels=ignored,
         source=True,
     )
 
@@ -122,5 +123,6 @@ SPECS = {
         onnx=_nothing,
         bottoms=(1, None),
         tops=(0, 0),
+        channels=ignored,
     ),
 }

@@ -9,8 +9,9 @@ import numpy as np
 
 from ..errors import NetError, ShapeError
 from . import conv
+from .channels import Channels, ignored, items
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shape, Shapes, at_least, legacy, text
+from .spec import LayerSpec, Request, Shape, Shapes, at_least, legacy, text
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ def _embed_infer(p: EmbedParams, bottoms: Shapes) -> Shapes:
 def _embed_blobs(p: EmbedParams, _bottoms: Shapes) -> Shapes:
     weight = (p.input_dim, p.num_output)
     return (weight, (p.num_output,)) if p.bias else (weight,)
+
+
+def _embed_channels(c: Channels, p: EmbedParams) -> None:
+    c.stay(0, "looks them up")
+    filters = c.own(p.num_output)
+    c.cut(0, 1, filters)
+    if p.bias:
+        c.cut(1, 0, filters)
+    c.setting(("embed_param",), "num_output", filters)
+    c.top(0, len(c.in_shapes[0]), filters)
 
 
 def _embed(e: Emitter, p: EmbedParams) -> None:
@@ -132,6 +143,12 @@ def _im2col(e: Emitter, p: conv.ConvParams) -> None:
     e.reshape(e.node("Transpose", made, perm=order), 0, out, e.dynamic_out[0], to=e.outputs[0])
 
 
+def _im2col_channels(c: Channels, p: conv.ConvParams) -> None:
+    """Each channel becomes one for each place of the window."""
+    axis, g = conv.geometry(p, c.in_shapes[0])
+    c.top(0, axis, np.repeat(c.places(0, axis), prod(g.kernel)))
+
+
 def _read_hdf5_output(request: Request) -> None:
     p = request["hdf5_output_param"]
     if not p["file_name"]:
@@ -146,16 +163,22 @@ def _hdf5_output_infer(_params: None, bottoms: Shapes) -> Shapes:
 
 SPECS = {
     "Embed": LayerSpec(
-        params=_read_embed, infer=_embed_infer, blobs=_embed_blobs, onnx=_embed, channels=Channels.FIXED
+        params=_read_embed,
+        infer=_embed_infer,
+        blobs=_embed_blobs,
+        onnx=_embed,
+        channels=_embed_channels,
     ),
-    "BatchReindex": LayerSpec(infer=_batch_reindex_infer, onnx=_batch_reindex, bottoms=(2, 2)),
+    "BatchReindex": LayerSpec(
+        infer=_batch_reindex_infer, onnx=_batch_reindex, bottoms=(2, 2), channels=items
+    ),
     "Filter": LayerSpec(
         params=_read_filter,
         infer=_filter_infer,
         onnx=_filter,
         bottoms=(2, None),
         tops=(1, None),
-        channels=Channels.FIXED,
+        channels=items,
     ),
     "Parameter": LayerSpec(
         params=_read_parameter,
@@ -163,9 +186,9 @@ SPECS = {
         blobs=lambda shape, _bottoms: (shape,),
         onnx=_parameter,
         bottoms=(0, 0),
-        channels=Channels.FIXED,
+        channels=ignored,
     ),
-    "Im2col": LayerSpec(params=_read_im2col, infer=_im2col_infer, onnx=_im2col, channels=Channels.FIXED),
+    "Im2col": LayerSpec(params=_read_im2col, infer=_im2col_infer, onnx=_im2col, channels=_im2col_channels),
     "HDF5Output": LayerSpec(
         params=_read_hdf5_output, infer=_hdf5_output_infer, onnx=None, bottoms=(2, 2), tops=(0, 0)
     ),

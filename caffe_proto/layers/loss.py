@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import NetError, ShapeError, UnsupportedError
 from ..typed import Typed
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shape, Shapes, around, canonical_axis, legacy, size, text
+from .spec import LayerSpec, Request, Shape, Shapes, around, canonical_axis, legacy, size, text
 
 _SMALLEST = float(np.finfo(np.float32).tiny)  # FLT_MIN
 _LOG_THRESHOLD = 1e-20
@@ -356,9 +356,7 @@ def _loss(
     bottoms: tuple[int, int] = (2, 2),
     tops: tuple[int, int] = (0, 1),
 ) -> LayerSpec:
-    return LayerSpec(
-        params=params, infer=infer, onnx=onnx, bottoms=bottoms, tops=tops, channels=Channels.FIXED, loss=True
-    )
+    return LayerSpec(params=params, infer=infer, onnx=onnx, bottoms=bottoms, tops=tops, loss=True)
 
 
 SPECS = {
@@ -375,6 +373,5 @@ SPECS = {
         onnx=_accuracy,
         bottoms=(2, 2),
         tops=(1, 2),
-        channels=Channels.FIXED,
     ),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import NetError, ShapeError
+from .channels import Channels, planes
 from .emit import Emitter
 from .spec import Affine, Arrays, LayerSpec, Request, Shape, Shapes, at_least, canonical_axis, same, text
 
@@ -45,6 +46,14 @@ def _batch_norm_affine(p: BatchNormParams, blobs: Arrays, _bottoms: Shapes) -> A
     mean, var = statistics(blobs)
     scale = 1 / np.sqrt(var.astype(np.float64) + p.eps)
     return scale, -mean.astype(np.float64) * scale
+
+
+def _batch_norm_channels(c: Channels, p: BatchNormParams) -> None:
+    if len(c.in_shapes[0]) > 1:
+        planes(c, p)
+        ids = c.places(0, 1)
+        c.cut(0, 0, ids)
+        c.cut(1, 0, ids, zero=False)
 
 
 def _batch_norm(e: Emitter, p: BatchNormParams) -> None:
@@ -141,6 +150,25 @@ def _bias_affine(p: AffineParams, blobs: Arrays, bottoms: Shapes) -> Affine | No
     return np.ones_like(shift), shift
 
 
+def _affine_channels(c: Channels, p: AffineParams) -> None:
+    """A blob over the channels has one place each; a second bottom over them is tied to the first."""
+    axis, covered = _covered(p, c.in_shapes)
+    others = c.bottoms if p.own else c.bottoms[::-1]
+    at = next((labels.axis for labels in c.bottoms[:1] if labels), None)
+    inside = at is not None and axis <= at < axis + len(covered)
+    if not p.own and not inside:
+        c.stay(1, "spreads them over another blob")
+    if at is None or (others[0] is None and inside and not p.own):
+        c.stay(0, "multiplies them with channels that stay")
+        return
+    ids = c.places(0, at)
+    if inside and not p.own:
+        ids = c.joint(ids, c.places(1, at - axis))
+    for blob in range(int(p.own) + int(p.bias) if inside else 0):
+        c.cut(blob, at - axis, ids)
+    c.top(0, at, ids)
+
+
 def _factor(e: Emitter, p: AffineParams, index: int) -> str:
     """The own blob ``index``, or the second bottom, with trailing axes of 1 so that it broadcasts."""
     axis, covered = _covered(p, e.in_shapes)
@@ -187,6 +215,14 @@ def _lrn_infer(_p: LrnParams, bottoms: Shapes) -> Shapes:
     return (bottoms[0],)
 
 
+def _lrn_channels(c: Channels, p: LrnParams) -> None:
+    """Across channels a removed one would make strangers neighbours."""
+    if p.within or p.size == 1:
+        planes(c, p)
+    else:
+        c.stay(0, "mixes neighbouring channels")
+
+
 def _lrn(e: Emitter, p: LrnParams) -> None:
     """x / (k + alpha/size * sum x²)^beta over channels; within one, x / (1 + alpha * mean x²)^beta (k ignored).
 
@@ -231,6 +267,7 @@ SPECS = {
         blobs=_batch_norm_blobs,
         onnx=_batch_norm,
         affine=_batch_norm_affine,
+        channels=_batch_norm_channels,
     ),
     "Scale": LayerSpec(
         params=_read_scale,
@@ -238,6 +275,7 @@ SPECS = {
         blobs=_affine_blobs,
         onnx=_scale,
         affine=_scale_affine,
+        channels=_affine_channels,
         bottoms=(1, 2),
     ),
     "Bias": LayerSpec(
@@ -246,7 +284,8 @@ SPECS = {
         blobs=_bias_blobs,
         onnx=_bias,
         affine=_bias_affine,
+        channels=_affine_channels,
         bottoms=(1, 2),
     ),
-    "LRN": LayerSpec(params=_read_lrn, infer=_lrn_infer, onnx=_lrn),
+    "LRN": LayerSpec(params=_read_lrn, infer=_lrn_infer, onnx=_lrn, channels=_lrn_channels),
 }

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ..errors import NetError, ShapeError, UnsupportedError
 from ..typed import Typed
+from .channels import Channels, planes, same
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shapes, at_least, fork_fields, text
+from .spec import LayerSpec, Request, Shapes, at_least, fork_fields, text
 
 Pair = tuple[int, int]
 
@@ -133,6 +134,12 @@ def _upsample_infer(p: UpsampleParams, bottoms: Shapes) -> Shapes:
     return ((*bottoms[0][:2], *(p.size or scaled)),)
 
 
+def _upsample_channels(c: Channels, p: UpsampleParams) -> None:
+    if p.masked:
+        c.tie(c.places(0, 1), c.places(1, 1))
+    planes(c, p)
+
+
 def _upsample(e: Emitter, p: UpsampleParams) -> None:
     """Each pixel scale x scale times; with a mask each number at its index of the plane, 0 elsewhere."""
     if not p.masked:
@@ -162,6 +169,14 @@ def _crop_center_infer(crop: tuple[int, ...], bottoms: Shapes) -> Shapes:
     return (tuple(dim - 2 * cut for cut, dim in zip(crop, shape, strict=True)),)
 
 
+def _crop_center_channels(c: Channels, crop: tuple[int, ...]) -> None:
+    labels = c.bottoms[0]
+    if labels is not None and crop[labels.axis]:
+        c.stay(0, "crops them")
+    else:
+        same(c, None)
+
+
 def _crop_center(e: Emitter, crop: tuple[int, ...]) -> None:
     """``crop_size`` off either end of each axis."""
     axes = [axis for axis, cut in enumerate(crop) if cut]
@@ -179,6 +194,7 @@ SPECS = {
         infer=_interp_infer,
         onnx=_interp,
         bottoms=(1, 2),
+        channels=planes,
         understood=fork_fields("interp_param"),
     ),
     "Upsample": LayerSpec(
@@ -186,13 +202,14 @@ SPECS = {
         infer=_upsample_infer,
         onnx=_upsample,
         bottoms=(1, 2),
+        channels=_upsample_channels,
         understood=fork_fields("upsample_param"),
     ),
     "CropCenter": LayerSpec(
         params=lambda r: r["crop_center_param"]["crop_size"],
         infer=_crop_center_infer,
         onnx=_crop_center,
-        channels=Channels.FIXED,
+        channels=_crop_center_channels,
         understood=fork_fields("crop_center_param"),
     ),
 }

@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import NetError, ShapeError, UnsupportedError
+from .channels import Channels, same
 from .emit import Emitter
-from .spec import LayerSpec, Request, Shape, Shapes, same
+from .spec import LayerSpec, Request, Shape, Shapes
+from .spec import same as same_shape
 
 
 def _plain(op: str) -> LayerSpec:
     def onnx(e: Emitter, _params: Any) -> None:
         e.node(op, e.inputs[0], to=e.outputs[0])
 
-    return LayerSpec(infer=same, onnx=onnx)
+    return LayerSpec(infer=same_shape, onnx=onnx, channels=same)
 
 
 def _with(params: Callable[[Request], Any], onnx: Callable[[Emitter, Any], None]) -> LayerSpec:
-    return LayerSpec(params=params, infer=same, onnx=onnx)
+    return LayerSpec(params=params, infer=same_shape, onnx=onnx, channels=same)
 
 
 def _relu(e: Emitter, slope: float) -> None:
@@ -142,6 +144,16 @@ def _prelu_blobs(shared: bool, bottoms: Shapes) -> Shapes:
     return ((),) if shared else ((bottoms[0][1],),)
 
 
+def slopes(c: Channels, shared: bool) -> None:
+    """One learnt number for each channel, or for all."""
+    if shared:
+        same(c, None)
+        return
+    ids = c.places(0, 1)
+    c.cut(0, 0, ids, zero=False)
+    c.top(0, 1, ids)
+
+
 def _prelu(e: Emitter, shared: bool) -> None:
     shape: Shape = (1,) if shared else (-1,) + (1,) * (len(e.in_shapes[0]) - 2)
     e.node("PRelu", e.inputs[0], e.const(np.reshape(e.blobs[0], shape), "0"), to=e.outputs[0])
@@ -162,6 +174,10 @@ SPECS = {
     "Clip": _with(_read_clip, _clip),
     "Dropout": _with(_read_dropout, _dropout),
     "PReLU": LayerSpec(
-        params=lambda r: r["prelu_param"]["channel_shared"], infer=same, blobs=_prelu_blobs, onnx=_prelu
+        params=lambda r: r["prelu_param"]["channel_shared"],
+        infer=same_shape,
+        blobs=_prelu_blobs,
+        onnx=_prelu,
+        channels=slopes,
     ),
 }

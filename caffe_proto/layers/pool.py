@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import NetError, ShapeError
+from .channels import planes
 from .emit import Emitter
 from .spec import SIDES, LayerSpec, Request, Shapes, at_least, side_pads, spatial_pair, text
 
@@ -226,5 +227,7 @@ def _nothing_over_nothing(p: PoolParams, hw: Pair, out: Pair) -> np.ndarray:
 
 
 SPECS = {
-    "Pooling": LayerSpec(params=read, infer=_infer, onnx=_onnx, tops=(1, 2), understood=SIDES | {"ceil_mode"})
+    "Pooling": LayerSpec(
+        params=read, infer=_infer, onnx=_onnx, tops=(1, 2), channels=planes, understood=SIDES | {"ceil_mode"}
+    )
 }

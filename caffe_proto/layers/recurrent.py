@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import NetError, ShapeError
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shape, Shapes, at_least, size, text
+from .spec import LayerSpec, Request, Shape, Shapes, at_least, size, text
 
 _GATES = 4  # input, forget, output, candidate
 
@@ -189,7 +189,6 @@ SPECS = {
         onnx=_rnn,
         bottoms=(2, 4),
         tops=(1, 2),
-        channels=Channels.FIXED,
     ),
     "LSTM": LayerSpec(
         params=_reader(2),
@@ -199,9 +198,6 @@ SPECS = {
         onnx=_lstm,
         bottoms=(2, 5),
         tops=(1, 3),
-        channels=Channels.FIXED,
     ),
-    "LSTMUnit": LayerSpec(
-        infer=_unit_infer, onnx=_lstm_unit, bottoms=(3, 3), tops=(2, 2), channels=Channels.FIXED
-    ),
+    "LSTMUnit": LayerSpec(infer=_unit_infer, onnx=_lstm_unit, bottoms=(3, 3), tops=(2, 2)),
 }

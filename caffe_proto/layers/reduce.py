@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..errors import NetError, ShapeError
 from . import pool
+from .channels import Channels, planes, same
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shape, Shapes, at_least, canonical_axis, legacy, size, text
+from .spec import LayerSpec, Request, Shape, Shapes, at_least, canonical_axis, legacy, size, text
 
 _TO_THE_START = -(2**63)  # ONNX Slice: as far back as there is
 
@@ -78,6 +81,14 @@ def _reduction_infer(p: ReductionParams, bottoms: Shapes) -> Shapes:
     return (bottoms[0][: canonical_axis(p.axis, len(bottoms[0]))],)
 
 
+def _reduction_channels(c: Channels, p: ReductionParams) -> None:
+    labels = c.bottoms[0]
+    if labels is not None and labels.axis >= canonical_axis(p.axis, len(c.in_shapes[0])):
+        c.stay(0, "sums over them")
+    else:
+        same(c, None)
+
+
 def _reduction(e: Emitter, p: ReductionParams) -> None:
     """coeff * (sum x, sum |x|, sum x², mean x) over ``axis`` and all behind it."""
     x, ndim = e.inputs[0], len(e.in_shapes[0])
@@ -109,6 +120,13 @@ def _mvn_infer(_p: MvnParams, bottoms: Shapes) -> Shapes:
     return (bottoms[0],)
 
 
+def _mvn_channels(c: Channels, p: MvnParams) -> None:
+    if p.across:
+        c.stay(0, "normalizes across them")
+    else:
+        planes(c, p)
+
+
 def _mvn(e: Emitter, p: MvnParams) -> None:
     """(x - mean) / (sqrt(var) + eps), over each channel or, across channels, over each item."""
     x, to = e.inputs[0], None if p.variance else e.outputs[0]
@@ -138,6 +156,14 @@ def _tile_infer(p: TileParams, bottoms: Shapes) -> Shapes:
     (shape,) = bottoms
     axis = canonical_axis(p.axis, len(shape))
     return ((*shape[:axis], shape[axis] * p.tiles, *shape[axis + 1 :]),)
+
+
+def _tile_channels(c: Channels, p: TileParams) -> None:
+    labels = c.bottoms[0]
+    if labels is None:
+        return
+    along = labels.axis == canonical_axis(p.axis, len(c.in_shapes[0]))
+    c.top(0, labels.axis, np.tile(labels.ids, p.tiles if along else 1))
 
 
 def _tile(e: Emitter, p: TileParams) -> None:
@@ -188,6 +214,14 @@ def _spp_infer(p: SppParams, bottoms: Shapes) -> Shapes:
     return ((bottoms[0][0], sum(size(made[1:]) for made in levels)),)
 
 
+def _spp_channels(c: Channels, p: SppParams) -> None:
+    """Each level is flattened, channel by channel; a single level is not."""
+    ids = c.places(0, 1)
+    places = [size(made[2:]) for _, made in _levels(p, c.in_shapes[0])]
+    flat = [np.repeat(ids, n) for n in places] if len(places) > 1 else [ids]
+    c.top(0, 1, np.concatenate(flat))
+
+
 def _spp(e: Emitter, p: SppParams) -> None:
     """Every level pooled, flattened, one behind the other; a single level is not flattened."""
     e.static(0, (1, 2, 3), "SPP")
@@ -204,11 +238,11 @@ def _spp(e: Emitter, p: SppParams) -> None:
 
 
 SPECS = {
-    "ArgMax": LayerSpec(params=_read_arg_max, infer=_arg_max_infer, onnx=_arg_max, channels=Channels.FIXED),
+    "ArgMax": LayerSpec(params=_read_arg_max, infer=_arg_max_infer, onnx=_arg_max),
     "Reduction": LayerSpec(
-        params=_read_reduction, infer=_reduction_infer, onnx=_reduction, channels=Channels.FIXED
+        params=_read_reduction, infer=_reduction_infer, onnx=_reduction, channels=_reduction_channels
     ),
-    "MVN": LayerSpec(params=_read_mvn, infer=_mvn_infer, onnx=_mvn, channels=Channels.FIXED),
-    "Tile": LayerSpec(params=_read_tile, infer=_tile_infer, onnx=_tile, channels=Channels.FIXED),
-    "SPP": LayerSpec(params=_read_spp, infer=_spp_infer, onnx=_spp, channels=Channels.FIXED),
+    "MVN": LayerSpec(params=_read_mvn, infer=_mvn_infer, onnx=_mvn, channels=_mvn_channels),
+    "Tile": LayerSpec(params=_read_tile, infer=_tile_infer, onnx=_tile, channels=_tile_channels),
+    "SPP": LayerSpec(params=_read_spp, infer=_spp_infer, onnx=_spp, channels=_spp_channels),
 }

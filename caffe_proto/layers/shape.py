@@ -7,10 +7,13 @@ from functools import reduce
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from ..errors import NetError, ShapeError
 from ..typed import Typed
+from .channels import Channels, Ids, same, tied
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shapes, at_least, canonical_axis, size, text
+from .spec import LayerSpec, Request, Shapes, at_least, canonical_axis, size, text
 
 
 def _axis_or_dim(p: Typed, dim: str) -> int:
@@ -38,6 +41,15 @@ def _concat(e: Emitter, axis: int) -> None:
         e.node("Identity", e.inputs[0], to=e.outputs[0])
     else:
         e.node("Concat", *e.inputs, to=e.outputs[0], axis=canonical_axis(axis, len(e.in_shapes[0])))
+
+
+def _concat_channels(c: Channels, axis: int) -> None:
+    """Along its own axis channels follow one another; along another one the bottoms' are joined."""
+    at = canonical_axis(axis, len(c.in_shapes[0]))
+    if {labels.axis for labels in c.bottoms if labels is not None} == {at}:
+        c.top(0, at, np.concatenate([c.places(i, at) for i in range(len(c.bottoms))]))
+    else:
+        tied(c, None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,21 @@ def _slice(e: Emitter, p: SliceParams) -> None:
     )
 
 
+def _slice_channels(c: Channels, p: SliceParams) -> None:
+    labels = c.bottoms[0]
+    if labels is None:
+        return
+    if labels.axis != canonical_axis(p.axis, len(c.in_shapes[0])) or p.n_tops == 1:
+        same(c, None)
+        return
+    ends = np.cumsum([shape[labels.axis] for shape in c.out_shapes])
+    for i, part in enumerate(np.split(labels.ids, ends[:-1])):
+        c.never_empty(part)
+        c.top(i, labels.axis, part)
+    points = tuple(labels.ids[:end] for end in ends[:-1])
+    c.setting(("slice_param",), "slice_point", *points, add=True)
+
+
 def _split(e: Emitter, _n: int) -> None:
     for to in e.outputs:
         e.node("Identity", e.inputs[0], to=to)
@@ -108,6 +135,12 @@ def _flatten_infer(p: FlattenParams, bottoms: Shapes) -> Shapes:
 
 def _to_out_shape(e: Emitter, _params: Any) -> None:
     e.reshape(e.inputs[0], 0, e.out_shapes[0], e.dynamic_out[0], to=e.outputs[0])
+
+
+def _folded(c: Channels, _params: Any) -> None:
+    labels = c.refolded(0, c.out_shapes[0])
+    if labels is not None:
+        c.top(0, labels.axis, labels.ids)
 
 
 @dataclass(frozen=True)
@@ -155,6 +188,20 @@ def _reshape_infer(p: ReshapeParams, bottoms: Shapes) -> Shapes:
     return ((*shape[:start], *made, *shape[end:]),)
 
 
+def _reshape_channels(c: Channels, p: ReshapeParams) -> None:
+    """As Flatten; a dim that says how many there are behind is one of the settings."""
+    labels = c.refolded(0, c.out_shapes[0])
+    if labels is None:
+        return
+    start = canonical_axis(p.axis, len(c.in_shapes[0]), inclusive=True)
+    at = labels.axis - start
+    if 0 <= at < len(p.dims) and p.dims[at] > 0:
+        values: list[Ids | int] = [*p.dims]
+        values[at] = labels.ids
+        c.setting(("reshape_param", "shape"), "dim", *values)
+    c.top(0, labels.axis, labels.ids)
+
+
 @dataclass(frozen=True)
 class CropParams:
     axis: int
@@ -179,6 +226,20 @@ def _crop_starts(p: CropParams, bottoms: Shapes) -> tuple[int, tuple[int, ...]]:
 def _crop_infer(p: CropParams, bottoms: Shapes) -> Shapes:
     axis, _ = _crop_starts(p, bottoms)
     return ((*bottoms[0][:axis], *bottoms[1][axis:]),)
+
+
+def _crop_channels(c: Channels, p: CropParams) -> None:
+    """Channels that are cropped too must be those of the blob that says how many."""
+    axis, starts = _crop_starts(p, c.in_shapes)
+    axes = {labels.axis for labels in c.bottoms if labels is not None and labels.axis >= axis}
+    if not axes:
+        same(c, None)
+    elif len(axes) > 1 or any(starts[at - axis] or c.in_shapes[0][at] != c.in_shapes[1][at] for at in axes):
+        c.stay_all("crops them")
+    else:
+        (at,) = axes
+        c.tie(c.places(0, at), c.places(1, at))
+        c.top(0, at, c.places(0, at))
 
 
 def _crop(e: Emitter, p: CropParams) -> None:
@@ -262,33 +323,42 @@ SPECS = {
         infer=_concat_infer,
         onnx=_concat,
         bottoms=(1, None),
-        channels=Channels.STACKED,
+        channels=_concat_channels,
     ),
     "Slice": LayerSpec(
-        params=_read_slice, infer=_slice_infer, onnx=_slice, tops=(1, None), channels=Channels.FIXED
+        params=_read_slice, infer=_slice_infer, onnx=_slice, tops=(1, None), channels=_slice_channels
     ),
     "Split": LayerSpec(
-        params=lambda r: r.n_tops, infer=_split_infer, onnx=_split, tops=(1, None), aliases=True
+        params=lambda r: r.n_tops,
+        infer=_split_infer,
+        onnx=_split,
+        tops=(1, None),
+        channels=same,
+        aliases=True,
     ),
     "Flatten": LayerSpec(
         params=lambda r: FlattenParams(r["flatten_param"]["axis"], r["flatten_param"]["end_axis"]),
         infer=_flatten_infer,
         onnx=_to_out_shape,
-        channels=Channels.FOLDED,
+        channels=_folded,
         aliases=True,
     ),
     "Reshape": LayerSpec(
-        params=_read_reshape, infer=_reshape_infer, onnx=_to_out_shape, channels=Channels.FIXED, aliases=True
+        params=_read_reshape,
+        infer=_reshape_infer,
+        onnx=_to_out_shape,
+        channels=_reshape_channels,
+        aliases=True,
     ),
     "Crop": LayerSpec(
         params=lambda r: CropParams(r["crop_param"]["axis"], r["crop_param"]["offset"]),
         infer=_crop_infer,
         onnx=_crop,
         bottoms=(2, 2),
-        channels=Channels.SAME,
+        channels=_crop_channels,
     ),
     "Eltwise": LayerSpec(
-        params=_read_eltwise, infer=_eltwise_infer, onnx=_eltwise, bottoms=(2, None), channels=Channels.TIED
+        params=_read_eltwise, infer=_eltwise_infer, onnx=_eltwise, bottoms=(2, None), channels=tied
     ),
-    VIEW: LayerSpec(infer=_view_infer, onnx=_view, bottoms=(2, 2)),
+    VIEW: LayerSpec(infer=_view_infer, onnx=_view, bottoms=(2, 2), channels=_folded),
 }

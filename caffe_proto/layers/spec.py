@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from math import prod
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from ..errors import NetError, ShapeError
 from ..net import Layer
 from ..typed import Typed, field_info
+from .channels import Channels, fixed
 from .emit import Emitter
 
 Shape = tuple[int, ...]
@@ -26,17 +26,6 @@ Affine = tuple[np.ndarray, np.ndarray]
 
 SIDES = frozenset({"pad_l", "pad_r", "pad_t", "pad_b"})
 _MOST_SHOWN = 32  # axes of a shape in a message
-
-
-class Channels(Enum):
-    """How a layer's output channels relate to those of its bottoms; pruning follows these."""
-
-    OWN = "made by the layer itself"
-    SAME = "those of the first bottom, one by one"
-    TIED = "those of all bottoms, which must agree"
-    STACKED = "those of the bottoms, one after the other"
-    FOLDED = "each channel spread over h*w places"
-    FIXED = "mixed in a way that no channel can be followed through"
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,8 @@ class LayerSpec:
     ``bottoms`` and ``tops`` bound their counts (an upper bound of None: any number). ``aliases`` says that
     the tops share the memory of the first bottom, as Caffe's Split, Flatten and Reshape do. ``source`` says
     that the tops are fed from outside, ``any_fields`` that fields it does not know cannot change the result, ``loss`` that Caffe adds an unnamed top and a loss_weight of 1 where the
-    net gives none. ``blobs`` gives the shapes a caffemodel must hold. ``affine`` gives (scale, shift), float64
+    net gives none. ``filters`` says that its tops' channels are those of learnt filters. ``channels`` notes how these depend on the
+    bottoms' (see ``channels.Channels``); left at its default, it says that they cannot be followed. ``blobs`` gives the shapes a caffemodel must hold. ``affine`` gives (scale, shift), float64
     of (channels,) each, where the layer is x*scale + shift along axis 1, else None. ``open_axes`` are axes of
     the tops whose size is known only when the net has run.
     """
@@ -97,7 +87,7 @@ class LayerSpec:
     onnx: Callable[[Emitter, Any], None] | None
     bottoms: tuple[int, int | None] = (1, 1)
     tops: tuple[int, int | None] = (1, 1)
-    channels: Channels = Channels.SAME
+    channels: Callable[[Channels, Any], None] = fixed
     params: Callable[[Request], Any] = _no_params
     blobs: Callable[[Any, Shapes], Shapes] = _no_blobs
     macs: Callable[[Any, Shapes, Shapes], int] = _free
@@ -107,6 +97,7 @@ class LayerSpec:
     source: bool = False
     any_fields: bool = False
     loss: bool = False
+    filters: bool = False
     open_axes: tuple[int, ...] = ()
 
 

@@ -8,8 +8,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import NetError, ShapeError, UnsupportedError
+from .channels import Channels, ignored
 from .emit import Emitter
-from .spec import Channels, LayerSpec, Request, Shapes, fork_fields, legacy, same, text
+from .pointwise import slopes
+from .spec import LayerSpec, Request, Shapes, fork_fields, legacy, same, text
 
 _SAME_RATIO = 1e-6  # aspect ratios closer than that are one
 
@@ -35,6 +37,12 @@ def _permute_infer(order: tuple[int, ...], bottoms: Shapes) -> Shapes:
     return (tuple(shape[axis] for axis in _full_order(order, len(shape))),)
 
 
+def _permute_channels(c: Channels, order: tuple[int, ...]) -> None:
+    labels = c.bottoms[0]
+    if labels is not None:
+        c.top(0, _full_order(order, len(c.in_shapes[0])).index(labels.axis), labels.ids)
+
+
 def _permute(e: Emitter, order: tuple[int, ...]) -> None:
     e.node("Transpose", e.inputs[0], to=e.outputs[0], perm=_full_order(order, len(e.in_shapes[0])))
 
@@ -57,6 +65,11 @@ def _normalize_blobs(p: NormalizeParams, bottoms: Shapes) -> Shapes:
         raise ShapeError(f"Normalize needs a bottom of at least 2 axes, found {text(shape)}")
     legacy(shape)
     return ((),) if p.shared else ((shape[1],),)
+
+
+def _normalize_channels(c: Channels, p: NormalizeParams) -> None:
+    """A channel of zeros adds nothing to the norm, so the others stay what they were without it."""
+    slopes(c, p.shared)
 
 
 def _normalize(e: Emitter, p: NormalizeParams) -> None:
@@ -189,7 +202,7 @@ SPECS = {
         params=_read_permute,
         infer=_permute_infer,
         onnx=_permute,
-        channels=Channels.FIXED,
+        channels=_permute_channels,
         understood=fork_fields("permute_param"),
     ),
     "Normalize": LayerSpec(
@@ -197,7 +210,7 @@ SPECS = {
         infer=same,
         blobs=_normalize_blobs,
         onnx=_normalize,
-        channels=Channels.FIXED,
+        channels=_normalize_channels,
         understood=fork_fields("norm_param"),
     ),
     "PriorBox": LayerSpec(
@@ -205,7 +218,7 @@ SPECS = {
         infer=_prior_box_infer,
         onnx=_prior_box,
         bottoms=(2, 2),
-        channels=Channels.FIXED,
+        channels=ignored,
         understood=fork_fields("prior_box_param"),
     ),
     "MultiBoxLoss": LayerSpec(

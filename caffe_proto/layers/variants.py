@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import NetError, ShapeError
 from . import conv, dense
+from .channels import Channels
 from .emit import Emitter
 from .spec import LayerSpec, Request, Shapes, fork_fields, text
 
@@ -44,6 +45,7 @@ def _depthwise(settle: Any, tops: tuple[int, int | None]) -> LayerSpec:
         infer=lambda p, bottoms: _CONVOLUTION.infer(settle(p, bottoms), bottoms),
         blobs=lambda p, bottoms: _CONVOLUTION.blobs(settle(p, bottoms), bottoms),
         macs=lambda p, bottoms, made: _CONVOLUTION.macs(settle(p, bottoms), bottoms, made),
+        channels=lambda c, p: _CONVOLUTION.channels(c, settle(p, c.in_shapes)),
         onnx=onnx,
         bottoms=tops,
         tops=tops,
@@ -80,6 +82,12 @@ def _masked(base: LayerSpec, block: str) -> LayerSpec:
         plain = base.blobs(p.inner, bottoms)
         return plain + (plain if p.bias_mask else plain[:1])
 
+    def channels(c: Channels, p: MaskedParams) -> None:
+        base.channels(c, p.inner)
+        count = 1 + p.inner.bias
+        masked = count if p.bias_mask else 1
+        c.cuts += [replace(cut, blob=cut.blob + count, zero=False) for cut in c.cuts if cut.blob < masked]
+
     def onnx(e: Emitter, p: MaskedParams) -> None:
         assert base.onnx is not None
         count = 1 + p.inner.bias
@@ -93,6 +101,7 @@ def _masked(base: LayerSpec, block: str) -> LayerSpec:
         infer=lambda p, bottoms: base.infer(p.inner, bottoms),
         blobs=blobs,
         macs=lambda p, bottoms, tops: base.macs(p.inner, bottoms, tops),
+        channels=channels,
         onnx=onnx,
         understood=fork_fields(block),
     )
