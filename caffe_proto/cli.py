@@ -302,7 +302,7 @@ def time_(
 
     subjects = [latency.subject(item, batch=batch, seed=seed) for item in models]
     engine = Engine(threads, provider)
-    with console.progress("timing", runs) as step:
+    with console.progress("timing", runs, "runs") as step:
         timings = latency.measure(
             subjects, engine, runs=runs, warmup=warmup, batch=batch, seed=seed, step=step
         )

@@ -119,7 +119,7 @@ def eval_(
         batches = Batches(
             source, transform, batch, n_images=n_images, seed=seed, shape=inputs, skip_bad=skip_bad
         )
-        with console.progress("evaluating", len(batches)) as step:
+        with console.progress("evaluating", len(batches), "batches") as step:
             found = evaluate(subject, batches, other, step)
     if not found.images:
         raise UsageError("none of its images can be read", path=images)
@@ -293,7 +293,7 @@ def images_(
         source.close()
         raise UsageError("is no list of images and no folder of them", path=src)
     maker = ImageSet(resize, gray, shuffle, seed, encode_type, encoded, check_size, skip_bad)
-    with console.progress("reading images", len(source)) as step:
+    with console.progress("reading images", len(source), "images") as step:
         count = maker.build(source, output, step)
     _print_built({output: count}, output, as_json, maker.skipped)
 

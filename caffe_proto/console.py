@@ -8,12 +8,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
 from .errors import Error, UsageError
 from .model import Model, load
+
+
+class Step(Protocol):
+    """Counts what is done."""
+
+    def __call__(self, count: int = 1) -> None: ...
+
 
 net_argument = click.argument("net")
 json_option = click.option(
@@ -111,27 +118,41 @@ def table(
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A callable that counts one step; draws a bar on stderr once two seconds are over, on a terminal only."""
+def progress(label: str, total: int | None, unit: str = "steps") -> Iterator[Step]:
+    """A callable that counts what is done; draws a bar on stderr once two seconds are over, on a terminal only.
+
+    The bar shows the share done, the rate in units a second and the time that remains; without a total, the
+    count and the rate.
+    """
     started = time.monotonic()
     done = 0
     bar: Any = None
 
-    def step() -> None:
+    def step(count: int = 1) -> None:
         nonlocal done, bar
-        done += 1
+        done += count
         if bar is None and sys.stderr.isatty() and time.monotonic() - started > 2:
-            bar = click.progressbar(length=total, label=label, file=sys.stderr)
-            bar.__enter__()
-            bar.update(done - 1)
+            bar = _bar(label, total)
+            bar.start()
         if bar is not None:
-            bar.update(1)
+            rate = done / (time.monotonic() - started)
+            bar.update(bar.task_ids[0], completed=done, rate=f"{rate:,.3g} {unit}/s")
 
     try:
         yield step
     finally:
         if bar is not None:
-            bar.__exit__(None, None, None)
+            bar.stop()
+
+
+def _bar(label: str, total: int | None) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}")]
+    shown = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    shown.add_task(label, total=total, rate="")
+    return shown
 
 
 def run(group: click.Group, argv: Sequence[str] | None = None) -> int:

@@ -17,13 +17,13 @@ from caffe_proto.rewrite import apply as rewrite
 from caffe_proto.shape_inference import InputShapes, infer
 
 from .decomposition import Step, StepShape
-from .plan import LayerPlan, Plan
+from .plan import REFIT, LayerPlan, Plan
 from .schemes import ALL_SCHEMES
 from .styles import STYLES, new_layers, renamed_tops
 from .targets import Found, Spectra, Target, find
 
 if TYPE_CHECKING:
-    from .responses import Fitted
+    from .fitting import Fits
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a net: rows, totals before and after, layers kept with the reason."""
+    """What became of a net: rows, totals before and after, layers kept with the reason, doubts."""
 
     rows: tuple[Row, ...]
     macs: tuple[int, int]
     conv_macs: tuple[int, int]
     params: tuple[int, int]
     kept: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
 
 def apply(
@@ -59,7 +60,7 @@ def apply(
     model: Model,
     *,
     images: Any = None,
-    step: Callable[[], None] = lambda: None,
+    step: Callable[[int], None] = lambda _images: None,
     force: bool = False,
     sibling: bool = False,
     input_shapes: InputShapes | None = None,
@@ -80,7 +81,8 @@ def apply(
     plan.check(model, force=force, sibling=sibling)
     found = found or find(model, input_shapes)
     here = _Place(found, spectra or Spectra(found))
-    fitted = _fitted(plan, here, images, force, step)
+    fits = _fitted(plan, here, images, force, step)
+    fitted = fits.layers if fits is not None else {}
     style = STYLES.get(str(plan.target.get("style", "default")))
     if style is None:
         raise PlanError(f'there is no style "{plan.target["style"]}"', hint="known: " + ", ".join(STYLES))
@@ -94,6 +96,10 @@ def apply(
         steps: Sequence[Step | StepShape]
         if name in fitted:
             steps, errors[name] = fitted[name].chain.steps, fitted[name].error
+        elif entry.scheme == REFIT and (model.weights is not None or name not in found.targets):
+            raise PlanError("cannot be refitted", layer=name, hint="leave it out of the plan")
+        elif entry.scheme == REFIT:
+            continue  # without weights there is nothing to change
         else:
             steps, errors[name] = _steps(place, target, entry)
         ties.add(target, tuple(step.suffix for step in steps), entry)
@@ -101,16 +107,15 @@ def apply(
         new = new_layers(layer, target, steps, style, namer, gains_bias=name in fitted)
         edits.append(Replace(name, new, renamed_tops(layer, new, style, model.net)))
     changed = rewrite(model, edits)
-    return changed, _report(plan, found, changed, edits, errors, set(fitted), input_shapes)
+    warnings = fits.warnings if fits is not None else ()
+    return changed, _report(plan, found, changed, edits, errors, set(fitted), warnings, input_shapes)
 
 
-def _fitted(
-    plan: Plan, place: _Place, images: Any, force: bool, step: Callable[[], None]
-) -> dict[str, Fitted]:
-    """The layers that the plan wants fitted to responses; nothing where it wants none, or there are no weights."""
+def _fitted(plan: Plan, place: _Place, images: Any, force: bool, step: Callable[[int], None]) -> Fits | None:
+    """The layers that the plan wants fitted to responses; None where it wants none, or there are no weights."""
     wanted = plan.target.get("fit")
     if not wanted or place.found.model.weights is None:
-        return {}
+        return None
     from .calibration import Calibration  # brings onnxruntime, which the weights alone do not need
     from .fitting import fit_layers
 
@@ -175,17 +180,17 @@ def _steps(
     place: _Place, target: Target, entry: LayerPlan
 ) -> tuple[Sequence[Step | StepShape], float | None]:
     """The chain of a layer, with numbers where the model has weights, and its relative error."""
-    if entry.scheme not in ALL_SCHEMES or len(entry.ranks) != 1:
-        raise PlanError(
-            f"{entry.scheme!r} with ranks {list(entry.ranks)} is no scheme of this program", layer=target.name
-        )
-    scheme, (rank,) = ALL_SCHEMES[entry.scheme], entry.ranks
+    if entry.scheme not in ALL_SCHEMES:
+        raise PlanError(f"{entry.scheme!r} is no scheme of this program", layer=target.name)
+    scheme = ALL_SCHEMES[entry.scheme]
     found = place.found
     try:
+        shapes = scheme.chain(target.shape, target.geometry, entry.ranks)
         if target.index not in found.blobs:
-            return scheme.structure(target.shape, target.geometry, rank), None
+            return shapes, None
         blobs = found.blobs[target.index]
-        chain = place.spectra.get(target, scheme).factor(rank, blobs[1] if len(blobs) > 1 else None)
+        bias = blobs[1] if len(blobs) > 1 else None
+        chain = place.spectra.get(target, scheme).factor(entry.ranks[0], bias)
     except ValueError as error:
         raise UsageError(str(error), path=found.model.net.path, layer=target.name) from None
     return chain.steps, chain.error(target.kernel(blobs[0]))
@@ -198,6 +203,7 @@ def _report(
     edits: Iterable[Replace],
     errors: dict[str, float | None],
     fitted: set[str],
+    warnings: tuple[str, ...],
     inputs: InputShapes | None,
 ) -> Report:
     before = count(found.shaped)
@@ -208,7 +214,8 @@ def _report(
         entry, target = plan.layers[edit.layer], found.targets.get(edit.layer)
         full, pair = None, None
         if target is not None and target.in_hw is not None:
-            full = ALL_SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
+            if entry.scheme != REFIT:
+                full = ALL_SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
             pair = (target.macs, sum(macs[new.name].macs for new in edit.new))
         of = "responses" if edit.layer in fitted else "weights"
         rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer], of))
@@ -218,4 +225,5 @@ def _report(
         (before.conv_macs, after.conv_macs),
         (before.params, after.params),
         dict(plan.kept),
+        warnings,
     )

@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from caffe_proto.errors import PlanError, UsageError
+from caffe_proto.errors import FileError, PlanError, UsageError
 from caffe_proto.graph import Graph
 from caffe_proto.layers.spec import text
 from caffe_proto.runtime import Engine
 from caffe_proto.shape_inference import infer
 
 from .responses import Walker
+from .stage import Stage
 from .targets import Found
 
 _BATCH = 32
+_SAMPLES = 20_000  # wanted of a layer, where --positions does not say otherwise
+_POSITIONS = 10  # at least, of an image
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Calibration:
-    """``images``: source blob -> (N, ...) float32, preprocessed. ``positions``: sampled places of each image."""
+    """``images``: source blob -> (N, ...) float32, preprocessed; memory-mapped arrays will do.
+
+    ``positions``: sampled places of each image; 0: 10, and more where there are fewer than 2,000 images.
+    ``stage``: where activations are kept while fitting, and what a fit can be resumed from. ``fitted``: results
+    by what they depend on.
+    """
 
     images: Mapping[str, np.ndarray]
-    positions: int = 10
+    positions: int = 0
     seed: int = 0
     threads: int = 0
+    stage: Stage = field(default_factory=Stage)
+    fitted: dict[str, Any] = field(default_factory=dict)
+    _walkers: dict[int, tuple[Found, Walker]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.positions = self.positions or max(_POSITIONS, -(-_SAMPLES // self.count))
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(next(iter(self.images.values())))
 
     @classmethod
     def of(cls, graph: Graph, images: Any, **settings: Any) -> Calibration:
@@ -52,11 +73,20 @@ class Calibration:
 
     def record(self) -> dict[str, Any]:
         """What a plan says of the data: counts, seed, and the hash of the arrays."""
+        return {"images": self.count, "positions": self.positions, "seed": self.seed, "sha256": self._sha256}
+
+    @cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256()
         for name, array in self.images.items():
-            digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
-        count = len(next(iter(self.images.values())))
-        return {"images": count, "positions": self.positions, "seed": self.seed, "sha256": digest.hexdigest()}
+            digest.update(name.encode() + str(array.shape).encode())
+            for start in range(0, len(array), _BATCH):
+                digest.update(array[start : start + _BATCH].tobytes())
+        return digest.hexdigest()
+
+    def key(self, found: Found) -> str:
+        """What everything sampled depends on: net, weights, images, positions, seed."""
+        return json.dumps([found.model.fingerprint, self.record()])
 
     def check(self, planned: Mapping[str, Any], *, force: bool) -> None:
         """Raise PlanError where a plan was fitted to other data, unless forced."""
@@ -68,15 +98,19 @@ class Calibration:
                     hint="give the same --images, --n-images, --positions and --seed, or --force",
                 )
 
-    def walker(self, found: Found, step: Callable[[], None] = lambda: None) -> Walker:
+    def walker(self, found: Found) -> Walker:
         """The two nets over these images. Raises UsageError where an image does not fit the net's input."""
+        if id(found) not in self._walkers:
+            self._walkers[id(found)] = found, self._walker(found)
+        return self._walkers[id(found)][1]
+
+    def _walker(self, found: Found) -> Walker:
         graph = found.shaped.graph
         sources = {graph.blob(value): value for value in graph.sources}
         for name in self.images:
             if name not in sources:
                 raise UsageError(f'"{name}" is no input of the net')
-        count = len(next(iter(self.images.values())))
-        size = min(_BATCH, count)
+        size = min(_BATCH, self.count)
         shaped = infer(
             graph, {name: (size, *array.shape[1:]) for name, array in self.images.items()}, partial=True
         )
@@ -87,4 +121,21 @@ class Calibration:
                     f'the images have shape {text(array.shape[1:])}, input "{name}" takes {text(declared[1:])}'
                 )
         images = {sources[name]: array for name, array in self.images.items()}
-        return Walker(shaped, found.blobs, images, Engine(self.threads), self.positions, self.seed, step)
+        return Walker(shaped, found.blobs, images, Engine(self.threads), self.positions, self.seed)
+
+
+def keep(batches: Iterable[np.ndarray], stage: Stage) -> np.ndarray | None:
+    """Batches (n, ...) as one memory-mapped array in a file of the stage; None where there are none.
+
+    Raises FileError where the disk is full.
+    """
+    path = stage.folder / "images.f32"
+    count, shape = 0, ()
+    try:
+        with path.open("wb") as file:
+            for batch in batches:
+                file.write(np.ascontiguousarray(batch, np.float32).data)
+                count, shape = count + len(batch), batch.shape[1:]
+    except OSError as error:
+        raise FileError(f"cannot be written: {error.strerror}", path=path) from None
+    return np.memmap(path, np.float32, "r", shape=(count, *shape)) if count else None

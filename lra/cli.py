@@ -45,7 +45,7 @@ def cli() -> None:
 )
 @click.option(
     "--scheme",
-    type=click.Choice(["pca", "svd", "kmeans", "spatial"]),
+    type=click.Choice(["pca", "svd", "kmeans", "spatial", "response", "asymmetric-3d"]),
     default="pca",
     show_default=True,
     help='What a bare rank {"conv1": 8} in PLAN means.',
@@ -74,17 +74,23 @@ def apply(
 
     from .applier import apply as carry
     from .plan import Plan
+    from .stage import Stage
 
     plan = Plan.from_json(read_text(plan_file), plan_file).completed(scheme, style)
     model = console.load_model(net, weights, phase, stages, level)
     if fitting["images"] is not None and not (weights and plan.target.get("fit")):
         raise UsageError("--images only goes with WEIGHTS and a plan that fits responses to them")
     given = fitting | {"input_shapes": input_shapes}
-    images = read_calibration(model, given) if fitting["images"] is not None else None
-    with console.progress("fitting", len(plan.layers) + 1) as step:
-        changed, report = carry(
-            plan, model, images=images, step=step, force=force, sibling=True, input_shapes=input_shapes
-        )
+    stage = Stage()
+    try:
+        images = read_calibration(model, given, stage) if fitting["images"] is not None else None
+        total = 0 if images is None else images.count * (1 + len(plan.layers))
+        with console.progress("fitting", total, "images") as step:
+            changed, report = carry(
+                plan, model, images=images, step=step, force=force, sibling=True, input_shapes=input_shapes
+            )
+    finally:
+        stage.close()
     names = outputs.names(prefix, weights=weights is not None, onnx=False)
     outputs.write(names, changed, plan, [net, weights], plan_file, input_shapes)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,14 @@ from . import outputs
 if TYPE_CHECKING:
     import numpy as np
 
+    from caffe_proto.data.batches import Batches
     from caffe_proto.latency import Subject, Timing
     from caffe_proto.model import Model
 
     from .applier import Report
     from .calibration import Calibration
     from .plan import Plan
+    from .stage import Stage
     from .targets import Found, Spectra
 
     _Reference = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -84,22 +86,21 @@ def _names(values: Sequence[str]) -> list[str]:
 def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--images and its companions: with images the second layer of every chain is fitted to responses."""
     positions = click.option(
-        "--positions", type=click.IntRange(1), default=10, show_default=True,
-        help="With --images: places of each image at which responses are sampled.",
+        "--positions", type=click.IntRange(1),
+        help="With --images: places of each image at which responses are sampled; default: 10, "
+        "and more where there are fewer than 2,000 images.",
     )  # fmt: skip
     return image_options(positions(function), required=False, n_images=2000)
 
 
-def read_calibration(model: Model, given: Mapping[str, Any]) -> Calibration:
-    """The images that the options of ``calibration_options`` name, as the net wants them, all in memory."""
-    import numpy as np
-
+def read_calibration(model: Model, given: Mapping[str, Any], stage: Stage) -> Calibration:
+    """The images that the options of ``calibration_options`` name, as the net wants them, in a file of the stage."""
     from caffe_proto.data import open_source
     from caffe_proto.data.batches import Batches
     from caffe_proto.evaluation import image_input, input_shape
     from caffe_proto.graph import build
 
-    from .calibration import Calibration
+    from .calibration import Calibration, keep
 
     shape = input_shape(model, given["input_shapes"])
     transform = prepared(model, shape, *(given[name] for name in ("mean", "scale", "crop", "resize", "bgr")))
@@ -111,14 +112,21 @@ def read_calibration(model: Model, given: Mapping[str, Any]) -> Calibration:
         batches = Batches(
             source, transform, n_images=count, seed=seed, shape=inputs, skip_bad=given["skip_bad"]
         )
-        arrays = [batch.images for batch in batches]
+        with console.progress("reading images", batches.n_images, "images") as step:
+            images = keep(_counted(batches, step), stage)
     for bad in batches.skipped:
         click.echo(f"left out: {bad}", err=True)
-    if not arrays:
+    if images is None:
         raise UsageError("none of its images can be read", path=given["images"])
     graph = build(model.net)
     blob = graph.blob(image_input(graph))
-    return Calibration({blob: np.concatenate(arrays)}, given["positions"], seed, given["threads"])
+    return Calibration({blob: images}, given["positions"] or 0, seed, given["threads"], stage)
+
+
+def _counted(batches: Batches, step: Callable[[int], None]) -> Iterator[np.ndarray]:
+    for batch in batches:
+        yield batch.images
+        step(len(batch.images))
 
 
 @click.command()
@@ -133,10 +141,11 @@ def read_calibration(model: Model, given: Mapping[str, Any]) -> Calibration:
 )
 @click.option(
     "--scheme",
-    type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial", "response"]),
+    type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial", "response", "asymmetric-3d"]),
     default="auto",
     show_default=True,
-    help="auto: pca or spatial, by layer, the cheaper at equal energy; response: fitted from --images alone.",
+    help="auto: by layer, the best by energy, or with --images and --speedup by measured errors; response and "
+    "asymmetric-3d need --images.",
 )
 @click.option("--fc/--no-fc", default=False, show_default=True, help="Fully connected layers too.")
 @click.option(
@@ -154,11 +163,21 @@ def read_calibration(model: Model, given: Mapping[str, Any]) -> Calibration:
 @click.option("--plan", "plan_file", metavar="FILE.plan.json", help="Apply a plan made before.")
 @click.option(
     "--scope",
-    type=click.Choice(["all", "conv"]),
+    type=click.Choice(["all", "conv", "eligible"]),
     default="all",
     show_default=True,
-    help="What --speedup counts: the whole net or its convolutions.",
+    help="What --speedup counts: the whole net, its convolutions, or the layers that may be decomposed.",
 )
+@click.option(
+    "--rank-selection",
+    "selection",
+    type=click.Choice(["exact", "paper", "uniform"]),
+    default="exact",
+    show_default=True,
+    help="How --speedup chooses ranks: exact, of all schemes allowed; paper: the first-order rule of Zhang et al.; "
+    "uniform: every layer as much faster.",
+)
+@click.option("--same-ranks", is_flag=True, help="asymmetric-3d with d'' = d', as He's tool has it.")
 @click.option(
     "--round-to",
     type=click.IntRange(1),
@@ -176,6 +195,19 @@ def read_calibration(model: Model, given: Mapping[str, Any]) -> Calibration:
     show_default=True,
     help="Layer names, bias and filler rules of the published tools.",
 )
+@click.option(
+    "--solver",
+    type=click.Choice(["asymmetric", "symmetric", "linear"]),
+    default="asymmetric",
+    show_default=True,
+    help="With --images: fit behind the layers fitted before, behind the original ones, or without the activation.",
+)
+@click.option(
+    "--refit-kept/--no-refit-kept",
+    default=None,
+    help="With --images: fit the layers that are left whole too. Default: where auto measures errors.",
+)
+@click.option("--resume", is_flag=True, help="Go on with a fit to --images that was interrupted.")
 @click.option("--force", is_flag=True, help="Apply a plan to other files than it was made for.")
 @click.option("--plan-only", is_flag=True, help="Print the plan and change nothing.")
 @click.option(
@@ -222,6 +254,11 @@ class _Decompose:
     round_to: int
     even_if_slower: bool
     style: str
+    selection: str
+    same_ranks: bool
+    solver: str
+    refit_kept: bool | None
+    resume: bool
     force: bool
     plan_only: bool
     compare: str | None
@@ -234,7 +271,7 @@ class _Decompose:
     resize: tuple[int, int] | None
     bgr: bool | None
     skip_bad: bool
-    positions: int
+    positions: int | None
     onnx: bool
     time_it: bool
     threads: int
@@ -248,33 +285,68 @@ class _Decompose:
 
     def run(self) -> None:
         from .applier import apply
-        from .targets import Spectra, find
+        from .targets import find
 
         self._check()
         model = console.load_model(self.net, self.weights, self.phase, self.stages, self.level)
         found = find(model, self.input_shapes)
-        images = read_calibration(model, vars(self)) if self.images is not None else None
-        with console.progress("factoring", len(found.targets)) as step:
-            spectra = Spectra(found, step)
-            plan = self._plan(model, found, spectra, images)
+        stage = self._stage() if self.images is not None else None
+        try:
+            images = read_calibration(model, vars(self), stage) if stage is not None else None
+            plan, spectra = self._planned(model, found, images)
             if self.plan_only:
                 self._print_plan(plan)
                 return
-        with console.progress("fitting", len(plan.layers) + 1) as step:
-            changed, report = apply(
-                plan,
-                model,
-                images=images,
-                step=step,
-                force=self.force,
-                input_shapes=self.input_shapes,
-                found=found,
-                spectra=spectra,
-            )
+            with console.progress("fitting", self._ticks(plan, images), "images") as step:
+                changed, report = apply(
+                    plan,
+                    model,
+                    images=images,
+                    step=step,
+                    force=self.force,
+                    input_shapes=self.input_shapes,
+                    found=found,
+                    spectra=spectra,
+                )
+        except KeyboardInterrupt:
+            if stage is not None and self.prefix is not None:
+                click.echo("interrupted; the same command with --resume goes on from here", err=True)
+            raise
+        finally:
+            if stage is not None:
+                stage.close()
         reference = self._reference(model) if self.compare else None  # what can fail comes before the writing
         subjects = self._subjects(model, changed) if self.time_it else []
         files = self._write(changed, plan)
+        if stage is not None:
+            stage.finish()
         self._finish(report, files, reference, subjects)
+
+    def _stage(self) -> Stage:
+        """Where a fit keeps what it can be resumed from: PREFIX.fit, until it is done."""
+        from .stage import Stage
+
+        return Stage(f"{self.prefix}.fit" if self.prefix is not None else None, resume=self.resume)
+
+    def _planned(self, model: Model, found: Found, images: Calibration | None) -> tuple[Plan, Spectra]:
+        """The plan, and the factorizations it took."""
+        from .targets import Spectra
+
+        if images is None:
+            with console.progress("factoring", len(found.targets), "layers") as step:
+                spectra = Spectra(found, lambda: step(1))
+                return self._plan(model, found, spectra, None, lambda _images: None), spectra
+        spectra = Spectra(found)
+        with console.progress("measuring", None, "images") as step:
+            return self._plan(model, found, spectra, images, step), spectra
+
+    @staticmethod
+    def _ticks(plan: Plan, images: Calibration | None) -> int:
+        if images is None:
+            return 0
+        from .fitting import ticks
+
+        return ticks(plan, images)
 
     def _check(self) -> None:
         amounts = {
@@ -291,7 +363,7 @@ class _Decompose:
         if self.prefix is None and not self.plan_only:
             raise UsageError("-o PREFIX is missing", hint="add -o PREFIX, or --plan-only to write nothing")
         if self.speedup is None:
-            self._refuse({"scope"}, "only goes with --speedup")
+            self._refuse({"scope", "selection"}, "only goes with --speedup")
         else:
             self._refuse({"even_if_slower"}, "does not go with --speedup, which takes only what is cheaper")
         if self.images is None:
@@ -305,19 +377,32 @@ class _Decompose:
                 "bgr",
                 "skip_bad",
                 "positions",
+                "solver",
+                "refit_kept",
+                "resume",
             }
             self._refuse(companions, "only goes with --images")
         if self.plan_file is None:
             self._refuse({"force"}, "only goes with --plan")
         if self.ranks is not None or self.rank_config is not None:
             self._refuse({"round_to"}, "does not go with ranks that are given")
+        if self.scheme != "asymmetric-3d":
+            self._refuse({"same_ranks"}, "only goes with --scheme asymmetric-3d")
 
     def _refuse(self, options: set[str], why: str) -> None:
         """Refuse options that would be ignored."""
         for name in sorted(options & self.said):
-            raise UsageError(f"--{name.rstrip('_').replace('_', '-')} {why}")
+            option = {"selection": "rank_selection"}.get(name, name.rstrip("_"))
+            raise UsageError(f"--{option.replace('_', '-')} {why}")
 
-    def _plan(self, model: Model, found: Found, spectra: Spectra, images: Calibration | None) -> Plan:
+    def _plan(
+        self,
+        model: Model,
+        found: Found,
+        spectra: Spectra,
+        images: Calibration | None,
+        step: Callable[[int], None],
+    ) -> Plan:
         from caffe_proto.files import read_text
 
         from .plan import Plan
@@ -328,6 +413,7 @@ class _Decompose:
             plan = Plan.from_json(read_text(self.plan_file), self.plan_file)
             if all(entry.scheme for entry in plan.layers.values()):
                 decided = {"scheme", "fc", "except_", "only", "round_to", "even_if_slower", "style"}
+                decided |= {"solver", "refit_kept"}
                 self._refuse(decided, "does not go with a plan that says everything")
                 if not plan.target.get("fit"):
                     self._refuse({"images"}, "does not go with a plan that fits nothing to them")
@@ -350,6 +436,11 @@ class _Decompose:
             style=self.style,
             even_if_slower=self.even_if_slower,
             images=images,
+            selection=self.selection,
+            same_ranks=self.same_ranks,
+            solver=self.solver,
+            refit_kept=self.refit_kept,
+            step=step,
             input_shapes=self.input_shapes,
             found=found,
             spectra=spectra,

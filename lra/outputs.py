@@ -82,7 +82,7 @@ def document(
         "conv_macs": list(report.conv_macs),
         "params": list(report.params),
     }
-    made |= {"layers": layers, "kept": report.kept, "files": files}
+    made |= {"layers": layers, "kept": report.kept, "files": files, "warnings": list(report.warnings)}
     if apart:
         made["outputs_apart"] = apart
     if times:
@@ -96,7 +96,7 @@ def show(report: Report, files: dict[str, str], apart: dict[str, float], times: 
         [
             row.name,
             row.scheme,
-            "+".join(map(str, row.ranks)) + (f"/{row.full_rank}" if row.full_rank else ""),
+            "+".join(map(str, row.ranks)) + (f"/{row.full_rank}" if row.full_rank else "") or "-",
             *((f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x") if row.macs else "---"),
             "-" if row.error is None else f"{row.error:.4f}" + ("r" if row.error_of == "responses" else ""),
         ]
@@ -110,6 +110,8 @@ def show(report: Report, files: dict[str, str], apart: dict[str, float], times: 
     reasons: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
         reasons.setdefault(reason, []).append(name)
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
     for reason, names in reasons.items():
         click.echo(f"kept {', '.join(names)}: {reason}")
     click.echo()

@@ -12,12 +12,15 @@ from caffe_proto.plan import BasePlan, read_json
 
 from .schemes import ALL_SCHEMES
 
+REFIT = "refit"  # the scheme of a layer that keeps its shape and gets other numbers
+
 
 @dataclass(frozen=True)
 class LayerPlan:
     """Scheme and ranks of one layer, with the MACs before and after and the error that were predicted.
 
-    ``scheme`` is "" in the short form ``{"conv3": 150}``, which says only the rank.
+    ``scheme`` is "" in the short form ``{"conv3": 150}``, which says only the rank; "refit", without ranks, says
+    that the layer stays whole and is fitted to responses.
     """
 
     scheme: str
@@ -50,14 +53,16 @@ class LayerPlan:
             if key not in known:
                 raise PlanError(f'unknown key "{key}"', layer=name, hint="known: " + ", ".join(sorted(known)))
         ranks = value.get("ranks", [value["rank"]] if "rank" in value else [])
-        if not isinstance(ranks, list) or not ranks or not all(map(_is_rank, ranks)):
-            raise PlanError(f'"ranks" is {ranks!r}, a list of whole numbers is needed', layer=name)
+        refit = value.get("scheme") == REFIT
+        if not isinstance(ranks, list) or bool(ranks) == refit or not all(map(_is_rank, ranks)):
+            needed = "a layer that is refitted has none" if refit else "a list of whole numbers is needed"
+            raise PlanError(f'"ranks" is {ranks!r}, {needed}', layer=name)
         scheme, macs, error = value.get("scheme", ""), value.get("macs"), value.get("error")
-        if not isinstance(scheme, str) or (scheme and scheme not in ALL_SCHEMES):
+        if not isinstance(scheme, str) or scheme not in ("", REFIT, *ALL_SCHEMES):
             raise PlanError(
                 f"there is no scheme {json.dumps(scheme)}",
                 layer=name,
-                hint="known: " + ", ".join(ALL_SCHEMES),
+                hint="known: " + ", ".join([*ALL_SCHEMES, REFIT]),
             )
         if macs is not None and not (isinstance(macs, list) and len(macs) == 2 and all(map(_is_rank, macs))):
             raise PlanError(f'"macs" is {macs!r}, two whole numbers are needed', layer=name)

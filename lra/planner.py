@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor, log10
-from typing import Any, cast
+from math import floor, log10, prod
+from typing import TYPE_CHECKING, Any, cast
 
 from caffe_proto.costs import cost as count
 from caffe_proto.errors import PlanError, UsageError
@@ -15,15 +15,27 @@ from caffe_proto.net import nearest
 from caffe_proto.shape_inference import InputShapes
 
 from . import ranks as policy
-from .plan import LayerPlan, Plan
+from . import selection
+from .options import options
+from .plan import REFIT, LayerPlan, Plan
 from .ranks import Infeasible, Option
-from .schemes import ALL_SCHEMES
-from .schemes.base import Scheme, Spectrum
+from .schemes import ALL_SCHEMES, Scheme
+from .schemes.asymmetric3d import ASYMMETRIC_3D
+from .schemes.response import RESPONSE
+from .schemes.spatial import SPATIAL
 from .styles import STYLES
 from .targets import Found, Spectra, Target, find
 
+if TYPE_CHECKING:
+    from .auto import Study
+
 AUTO = ("pca", "spatial")
+NEED_IMAGES = ("response", "asymmetric-3d")
+SCOPES = ("all", "conv", "eligible")
+SELECTIONS = ("exact", "paper", "uniform")
+EXCEPTED = "excepted"
 RankConfig = Mapping[str, Any]
+Ticks = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Choice:
         chosen = []
         for name, target in found.targets.items():
             if name in self.except_layers:
-                kept[name] = "excepted"
+                kept[name] = EXCEPTED
             elif self.only is not None and name not in self.only:
                 kept[name] = "not among --only"
             elif target.dense and not self.fc and self.only is None:
@@ -82,6 +94,11 @@ def make_plan(
     style: str = "default",
     even_if_slower: bool = False,
     images: Any = None,
+    selection: str = "exact",
+    same_ranks: bool = False,
+    solver: str = "asymmetric",
+    refit_kept: bool | None = None,
+    step: Ticks = lambda _images: None,
     input_shapes: InputShapes | None = None,
     found: Found | None = None,
     spectra: Spectra | None = None,
@@ -97,14 +114,20 @@ def make_plan(
     weight energies) over all schemes allowed. A layer that would not get cheaper is kept, with the reason,
     unless ``even_if_slower``. ``round_to``: ranks are multiples of it.
 
+    ``selection``, of ranks for a ``speedup``: "exact" as above; "paper": by the first-order measure of Zhang et
+    al.; "uniform": every layer as much faster. ``same_ranks``: d'' = d' in asymmetric 3-D, as He's tool has it.
+
     ``images`` (a Calibration, an array (N, C, H, W) as the net wants it, or arrays by blob): the plan asks that
-    the second layer of every chain is fitted to responses; ranks are chosen from the weights all the same.
+    chains are fitted to responses by ``solver``, one of `fitting.SOLVERS`. With "auto" and a ``speedup``
+    schemes and ranks are chosen by measured errors, see `lra.auto`; else energies are those of the weights, or
+    for response schemes of the responses. ``refit_kept``: layers left whole are fitted too; None: where schemes
+    are chosen by measured errors. ``step`` is told of images done.
 
     Raises UsageError, PlanError or WeightsError, each naming layer and figure.
     """
-    _check_request(scheme, style, scope, round_to, speedup, energy, ranks, rank_config)
-    if scheme == "response" and images is None:
-        raise UsageError("the response scheme fits responses", hint="give images (--images)")
+    _check_request(scheme, style, scope, round_to, selection, speedup, energy, ranks, rank_config)
+    if scheme in NEED_IMAGES and images is None:
+        raise UsageError(f"the {scheme} scheme fits responses", hint="give images (--images)")
     if images is not None and (model.weights is None or scheme == "kmeans"):
         raise UsageError(
             "responses cannot be fitted " + ("by kmeans" if model.weights else "without weights")
@@ -112,52 +135,75 @@ def make_plan(
     found = found or find(model, input_shapes)
     spectra = spectra or Spectra(found)
     kept: dict[str, str] = {}
-    job = _Job(found, spectra, scheme, round_to, even_if_slower, kept)
     if rank_config is not None:
         fc = fc or any(name in found.targets and found.targets[name].dense for name in rank_config)
         for name in rank_config:
             _check_name(name, [*found.targets, *found.refused], found)
     targets = Choice(fc, tuple(except_layers), tuple(only) if only is not None else None).targets(found, kept)
+    calibration = None
+    if images is not None:
+        from .calibration import Calibration  # brings onnxruntime, which the weights alone do not need
+
+        calibration = Calibration.of(found.shaped.graph, images)
+        targets = _fittable(found, targets, kept)
     if not targets:
         raise UsageError("no layer is left to decompose", path=model.net.path, hint=_why(kept))
-    if scheme == "response":
-        targets = _sampled(found, spectra, targets, images, kept)
+    job = _Job(found, spectra, scheme, round_to, even_if_slower, kept, selection, same_ranks)
+    chosen: dict[str, Any] = {"scheme": scheme, "style": style}
+    layers: dict[str, LayerPlan]
     target: dict[str, Any]
     if speedup is not None:
-        layers, target = job.by_speedup(targets, speedup, scope), {"speedup": speedup, "scope": scope}
+        target = {"speedup": speedup, "scope": scope}
+        if calibration is not None and scheme == "auto" and selection == "exact":
+            from .auto import Study
+
+            targets = job.counted(targets, scope)
+            job.study = Study(found, spectra, calibration, targets, step)
+    if calibration is not None and any(name in NEED_IMAGES for name in job.wanted(rank_config)):
+        from .fitting import sample_spectra
+
+        sample_spectra(found, spectra, targets, calibration, step)
+    if speedup is not None:
+        layers = job.by_speedup(targets, speedup, scope)
     elif energy is not None:
         layers, target = job.by_energy(targets, energy), {"energy": energy}
     elif ranks is not None:
         layers, target = job.by_ranks(targets, ranks), {"ranks": list(ranks)}
     else:
         layers, target = job.by_config(targets, rank_config or {}), {"rank_config": True}
-    target |= {"scheme": scheme, "style": style}
-    if images is not None:
-        from .calibration import Calibration  # brings onnxruntime, which the weights alone do not need
-
-        target["fit"] = Calibration.of(found.shaped.graph, images).record()
+    if calibration is not None:
+        chosen |= {"fit": calibration.record()} | ({"solver": solver} if solver != "asymmetric" else {})
+        if refit_kept or (refit_kept is None and job.study is not None):
+            layers |= _refitted(found, layers, kept)
+    if selection != "exact":
+        chosen["selection"] = selection
     if round_to > 1:
-        target["round_to"] = round_to
+        chosen["round_to"] = round_to
     order = [name for name in found.targets if name in layers]
     net, weights = model.fingerprint
-    return Plan({name: layers[name] for name in order}, kept, target, net, weights)
+    return Plan({name: layers[name] for name in order}, kept, target | chosen, net, weights)
 
 
-def _sampled(
-    found: Found, spectra: Spectra, targets: list[Target], images: Any, kept: dict[str, str]
-) -> list[Target]:
-    """The targets whose responses can be sampled, with the energies of those; the others are kept."""
-    from .calibration import Calibration  # brings onnxruntime, which the weights alone do not need
-    from .fitting import can_fit, sample_spectra
+def _fittable(found: Found, targets: list[Target], kept: dict[str, str]) -> list[Target]:
+    """The targets whose responses can be sampled; the others are kept, with the reason."""
+    from .fitting import unfit
 
-    chosen = [target for target in targets if can_fit(found, target)]
-    for target in targets:
-        if target not in chosen:
-            kept[target.name] = "its responses cannot be sampled"
-    if not chosen:
-        raise UsageError("no layer is left to decompose", path=found.model.net.path, hint=_why(kept))
-    sample_spectra(found, spectra, chosen, Calibration.of(found.shaped.graph, images))
-    return chosen
+    reasons = {target.name: unfit(found, target) for target in targets}
+    kept.update({name: reason for name, reason in reasons.items() if reason is not None})
+    return [target for target in targets if reasons[target.name] is None]
+
+
+def _refitted(found: Found, layers: Mapping[str, LayerPlan], kept: dict[str, str]) -> dict[str, LayerPlan]:
+    """The layers left whole that can be fitted; what was noted of them goes."""
+    from .fitting import unfit
+
+    made = {}
+    for name, target in found.targets.items():
+        if name not in layers and kept.get(name) != EXCEPTED and unfit(found, target) is None:
+            macs = (target.macs, target.macs) if target.in_hw is not None else None
+            made[name] = LayerPlan(REFIT, (), macs)
+            kept.pop(name, None)
+    return made
 
 
 def _why(kept: Mapping[str, str]) -> str | None:
@@ -165,13 +211,14 @@ def _why(kept: Mapping[str, str]) -> str | None:
 
 
 def _check_request(
-    scheme: str, style: str, scope: str, round_to: int,
+    scheme: str, style: str, scope: str, round_to: int, selection: str,
     speedup: float | None, energy: float | None, ranks: object, rank_config: object,
 ) -> None:  # fmt: skip
     for value, known, what in (
         (scheme, ("auto", *ALL_SCHEMES), "scheme"),
         (style, STYLES, "style"),
-        (scope, ("all", "conv"), "scope"),
+        (scope, SCOPES, "scope"),
+        (selection, SELECTIONS, "selection of ranks"),
     ):
         if value not in known:
             raise UsageError(f'there is no {what} "{value}"', hint="known: " + ", ".join(known))
@@ -185,7 +232,12 @@ def _check_request(
     if round_to < 1:
         raise UsageError(f"cannot round ranks to multiples of {round_to}")
     if ranks is not None and scheme == "auto":
-        raise UsageError("ranks need a named scheme", hint="add --scheme pca|svd|kmeans|spatial")
+        raise UsageError("ranks need a named scheme", hint="add --scheme " + "|".join(ALL_SCHEMES))
+    if selection != "exact" and (speedup is None or scheme == "auto" or round_to > 1):
+        raise UsageError(
+            f'ranks by "{selection}" need a named scheme and a speed-up, and cannot be rounded',
+            hint="add --scheme and --speedup, leave out --round-to",
+        )
 
 
 @dataclass
@@ -198,6 +250,14 @@ class _Job:
     round_to: int
     even_if_slower: bool
     kept: dict[str, str]
+    selection: str
+    same_ranks: bool
+    study: Study | None = None
+
+    def wanted(self, config: RankConfig | None) -> set[str]:
+        """The names of the schemes that a plan may hold."""
+        named = {_entry(name, value).scheme for name, value in (config or {}).items()}
+        return named | {self.scheme}
 
     def schemes(self, target: Target) -> list[Scheme]:
         """The schemes to consider for a layer: a 1 x 1 kernel has nothing to separate."""
@@ -206,25 +266,34 @@ class _Job:
             names = ("pca",)
         return [ALL_SCHEMES[name] for name in names]
 
-    def by_speedup(self, targets: list[Target], speedup: float, scope: str) -> dict[str, LayerPlan]:
-        cost = count(self.found.shaped)
-        total = cost.conv_macs if scope == "conv" else cost.macs
+    def counted(self, targets: list[Target], scope: str) -> list[Target]:
+        """The targets that a speed-up of this scope may touch."""
         if scope == "conv":
             dense = [target.name for target in targets if target.dense]
             self.kept.update(dict.fromkeys(dense, "fully connected (--scope is conv)"))
             targets = [target for target in targets if not target.dense]
-        if not total or any(target.in_hw is None for target in targets):
+        if not targets or any(target.in_hw is None for target in targets):
             raise self._uncounted()
+        return targets
+
+    def by_speedup(self, targets: list[Target], speedup: float, scope: str) -> dict[str, LayerPlan]:
+        targets = self.counted(targets, scope)
+        cost = count(self.found.shaped)
         eligible = sum(target.macs for target in targets)
-        fixed = total - eligible
-        budget = float(Fraction(total) / Fraction(speedup)) - fixed
-        tied = _tied(targets)
-        options = [_alike([self.options(target) for target in group]) for group in tied]
+        total = {"all": cost.macs, "conv": cost.conv_macs, "eligible": eligible}[scope]
+        if not total:
+            raise self._uncounted()
+        fixed, budget = total - eligible, float(Fraction(total) / Fraction(speedup))
         try:
-            chosen = policy.allocate(options, budget)
+            if self.selection != "exact":
+                return self._by_rule(targets, speedup, fixed, budget)
+            tied = _tied(targets)
+            options = [_alike([self.options(target) for target in group]) for group in tied]
+            chosen = policy.allocate(options, budget - fixed)
         except Infeasible as error:
-            most = _below(total / (fixed + error.smallest))
-            where = "whole net" if scope == "all" else "convolutions"
+            smallest = error.smallest + (fixed if self.selection == "exact" else 0)
+            most = _below(total / smallest)
+            where = {"all": "whole net", "conv": "convolutions", "eligible": "layers to decompose"}[scope]
             raise UsageError(
                 f"a speed-up of {speedup:g} of the {where} cannot be reached: at the smallest ranks it is {most:.3g}",
                 hint=f"the layers to decompose hold {eligible / cost.macs:.0%} of the MACs; "
@@ -233,6 +302,24 @@ class _Job:
         return self._planned(
             [(target, option) for group, option in zip(tied, chosen, strict=True) for target in group]
         )
+
+    def _by_rule(
+        self, targets: list[Target], speedup: float, fixed: float, budget: float
+    ) -> dict[str, LayerPlan]:
+        """Ranks as the papers choose them."""
+        scheme = ALL_SCHEMES[self.scheme]
+        if self.selection == "uniform":
+            found = selection.uniform(targets, scheme, speedup, fixed, budget, self.same_ranks)
+        else:
+            found = selection.stripped(targets, scheme, self.spectra, speedup, fixed, budget)
+        for target in targets:
+            if target.name not in found:
+                self.kept[target.name] = f"no ranks by the rule ({self.selection}) make it cheaper"
+        return {
+            target.name: self.entry(target, scheme, found[target.name])
+            for target in targets
+            if target.name in found
+        }
 
     def _uncounted(self) -> UsageError:
         """Why MACs cannot be counted: the first layer whose shape is missing."""
@@ -247,16 +334,11 @@ class _Job:
 
     def options(self, target: Target) -> list[Option]:
         """Every way to treat a layer that is cheaper than leaving it alone, and leaving it alone."""
+        if self.study is not None:
+            return self.study.options(target, self.round_to)
         made = [Option(float(target.macs), 0.0, None)]
         for scheme in self.schemes(target):
-            spectrum = self.spectra.get(target, scheme)
-            losses = policy.loss(spectrum.retained_curve())
-            group = target.geometry.group
-            for rank in policy.candidates(spectrum.max_rank, group, self.round_to):
-                cost = target.chain_cost(scheme, rank)
-                if cost >= target.macs:
-                    break
-                made.append(Option(float(cost), float(losses[rank // group - 1]), (scheme.name, rank)))
+            made += options(target, scheme, self.spectra, self.round_to, self.same_ranks)
         return made
 
     def _planned(self, chosen: list[tuple[Target, Option]]) -> dict[str, LayerPlan]:
@@ -265,40 +347,57 @@ class _Job:
             if option.key is None:
                 self.kept[target.name] = self._never_cheaper(target) or "the speed-up is reached without it"
             else:
-                name, rank = cast(tuple[str, int], option.key)
-                layers[target.name] = self.entry(target, ALL_SCHEMES[name], rank)
+                name, ranks = cast(tuple[str, tuple[int, ...]], option.key)
+                layers[target.name] = self.entry(target, ALL_SCHEMES[name], ranks)
         return layers
 
     def _never_cheaper(self, target: Target) -> str | None:
         """The reason where no rank that is allowed makes a layer cheaper, else None."""
-        for scheme in self.schemes(target):
-            ranks = policy.candidates(
-                scheme.max_rank(target.shape, target.geometry.group), target.geometry.group, self.round_to
-            )
-            if ranks and target.chain_cost(scheme, ranks[0]) < target.macs:
-                return None
+        if len(self.options(target)) > 1:
+            return None
         multiple = f" that is a multiple of {self.round_to}" if self.round_to > 1 else ""
         return f"no rank{multiple} makes it cheaper"
 
     def by_energy(self, targets: list[Target], energy: float) -> dict[str, LayerPlan]:
         layers: dict[str, LayerPlan] = {}
         for target in targets:
-            best: tuple[int, Scheme, int] | None = None
+            best: tuple[int, Scheme, tuple[int, ...]] | None = None
             for scheme in self.schemes(target):
-                rank = self._rounded(target, scheme, self.spectra.get(target, scheme).rank_for(energy))
-                cost = target.chain_cost(scheme, rank)
+                found = self._ranks_for(target, scheme, energy)
+                cost = target.chain_cost(scheme, *found)
                 if best is None or cost < best[0]:
-                    best = (cost, scheme, rank)
+                    best = (cost, scheme, found)
             assert best is not None
             self._take(layers, target, best[1], best[2])
         return layers
 
+    def _ranks_for(self, target: Target, scheme: Scheme, energy: float) -> tuple[int, ...]:
+        """The smallest ranks that retain an energy; of asymmetric 3-D each split retains its root."""
+        if scheme is not ASYMMETRIC_3D:
+            return (self._rounded(target, scheme, self.spectra.get(target, scheme).rank_for(energy)),)
+        parts = [self.spectra.get(target, part).rank_for(energy**0.5) for part in (SPATIAL, RESPONSE)]
+        if self.same_ranks:
+            parts = [min(max(parts), scheme.max_rank(target.shape, target.geometry.group))]
+        grid = [
+            self._above(target, rank, most) for rank, most in zip(parts, self._most(target), strict=False)
+        ]
+        rounded = tuple(grid) * (2 if self.same_ranks else 1)
+        return (
+            rounded if target.chain_cost(scheme, *rounded) < target.macs else tuple(parts * (2 // len(parts)))
+        )
+
+    def _most(self, target: Target) -> tuple[int, int]:
+        shape, group = target.shape, target.geometry.group
+        return SPATIAL.max_rank(shape, group), RESPONSE.max_rank(shape, group)
+
+    def _above(self, target: Target, rank: int, most: int) -> int:
+        """The next rank of the grid at or above; the rank itself where there is none."""
+        grid = policy.candidates(most, target.geometry.group, self.round_to)
+        return next((one for one in grid if one >= rank), rank)
+
     def _rounded(self, target: Target, scheme: Scheme, rank: int) -> int:
         """The next rank of the grid at or above, where it is still cheaper than the dense layer; else the rank."""
-        grid = policy.candidates(
-            scheme.max_rank(target.shape, target.geometry.group), target.geometry.group, self.round_to
-        )
-        above = next((one for one in grid if one >= rank), rank)
+        above = self._above(target, rank, scheme.max_rank(target.shape, target.geometry.group))
         return above if target.chain_cost(scheme, above) < target.macs else rank
 
     def by_ranks(self, targets: list[Target], ranks: Sequence[int]) -> dict[str, LayerPlan]:
@@ -309,7 +408,7 @@ class _Job:
                 hint=f"one each is needed, in this order: {names}",
             )
         return self._explicit(
-            [(target, ALL_SCHEMES[self.scheme], rank) for target, rank in zip(targets, ranks, strict=True)]
+            [(target, ALL_SCHEMES[self.scheme], (rank,)) for target, rank in zip(targets, ranks, strict=True)]
         )
 
     def by_config(self, targets: list[Target], config: RankConfig) -> dict[str, LayerPlan]:
@@ -318,48 +417,65 @@ class _Job:
             if target.name not in config:
                 self.kept[target.name] = "not in the rank config"
                 continue
-            entry = config[target.name]
-            entry = entry if isinstance(entry, LayerPlan) else LayerPlan.from_dict(target.name, entry)
+            entry = _entry(target.name, config[target.name])
             name = entry.scheme or ("pca" if self.scheme == "auto" else self.scheme)
-            if len(entry.ranks) != 1:
-                raise PlanError(f"{len(entry.ranks)} ranks, {name} takes one", layer=target.name)
-            wanted.append((target, ALL_SCHEMES[name], entry.ranks[0]))
+            if name == REFIT:
+                raise PlanError(
+                    '"refit" is no way to choose ranks', layer=target.name, hint="use --refit-kept"
+                )
+            wanted.append((target, ALL_SCHEMES[name], entry.ranks))
         for name in config:
             if name in self.found.refused:
                 raise UsageError(f"cannot be decomposed: {self.found.refused[name]}", layer=name)
         return self._explicit(wanted)
 
-    def _explicit(self, wanted: list[tuple[Target, Scheme, int]]) -> dict[str, LayerPlan]:
+    def _explicit(self, wanted: list[tuple[Target, Scheme, tuple[int, ...]]]) -> dict[str, LayerPlan]:
         layers: dict[str, LayerPlan] = {}
-        for target, scheme, rank in wanted:
+        for target, scheme, ranks in wanted:
             try:
-                scheme.structure(target.shape, target.geometry, rank)
+                scheme.chain(target.shape, target.geometry, ranks)
             except ValueError as error:
                 raise UsageError(str(error), path=self.found.model.net.path, layer=target.name) from None
-            self._take(layers, target, scheme, rank)
+            self._take(layers, target, scheme, ranks)
         return layers
 
-    def _take(self, layers: dict[str, LayerPlan], target: Target, scheme: Scheme, rank: int) -> None:
+    def _take(
+        self, layers: dict[str, LayerPlan], target: Target, scheme: Scheme, ranks: tuple[int, ...]
+    ) -> None:
         """Plan a layer, or keep it with the reason where the chain is not cheaper."""
-        cost = target.chain_cost(scheme, rank)
+        cost = target.chain_cost(scheme, *ranks)
         if cost >= target.macs and not self.even_if_slower:
             places = target.macs // max(1, _positions(target))
+            rank = "+".join(map(str, ranks))
             self.kept[target.name] = (
                 f"rank {rank} ({scheme.name}) needs {cost / max(1, _positions(target)):,.0f} MACs a position, the layer {places:,}"
             )
             return
-        layers[target.name] = self.entry(target, scheme, rank)
+        layers[target.name] = self.entry(target, scheme, ranks)
 
-    def entry(self, target: Target, scheme: Scheme, rank: int) -> LayerPlan:
-        """What the plan says: scheme, rank, MACs where shapes are known, sqrt(1 - energy) where weights are."""
-        macs = (target.macs, target.chain_cost(scheme, rank)) if target.in_hw is not None else None
-        return LayerPlan(scheme.name, (rank,), macs, self._error(target, scheme, rank))
+    def entry(self, target: Target, scheme: Scheme, ranks: tuple[int, ...]) -> LayerPlan:
+        """What the plan says: scheme, ranks, MACs where shapes are known, the error where weights are."""
+        macs = (target.macs, target.chain_cost(scheme, *ranks)) if target.in_hw is not None else None
+        full = ranks * scheme.n_ranks if len(ranks) == 1 else ranks
+        return LayerPlan(scheme.name, full, macs, self._error(target, scheme, full))
 
-    def _error(self, target: Target, scheme: Scheme, rank: int) -> float | None:
+    def _error(self, target: Target, scheme: Scheme, ranks: tuple[int, ...]) -> float | None:
+        """``sqrt(1 - energy)`` of what the scheme cuts; of a study, what it predicts of the responses."""
         if target.index not in self.found.blobs:
             return None
-        spectrum: Spectrum = self.spectra.get(target, scheme)
-        return float(f"{max(0.0, 1 - spectrum.retained(rank)) ** 0.5:.6g}")
+        if self.study is not None:
+            squared = self.study.error(target, scheme.name, ranks)
+        else:
+            parts = (SPATIAL, RESPONSE) if scheme is ASYMMETRIC_3D else (scheme,)
+            kept = [
+                self.spectra.get(target, part).retained(rank) for part, rank in zip(parts, ranks, strict=True)
+            ]
+            squared = max(0.0, 1 - prod(kept))
+        return float(f"{squared**0.5:.6g}")
+
+
+def _entry(name: str, value: Any) -> LayerPlan:
+    return value if isinstance(value, LayerPlan) else LayerPlan.from_dict(name, value)
 
 
 def _tied(targets: list[Target]) -> list[list[Target]]:

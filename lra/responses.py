@@ -8,34 +8,81 @@ those before it broke.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from caffe_proto.graph import Value
 from caffe_proto.layers.spec import Arrays
 from caffe_proto.runtime import Engine
 from caffe_proto.segments import Segments
-from caffe_proto.shape_inference import Shaped
+from caffe_proto.shape_inference import Shaped, infer
 
-from .decomposition import Decomposition
+from .decomposition import Decomposition, Step
 from .following import Following, following
+from .linalg import AffineMap
+from .stage import Stage
+from .stats import Moments
 from .targets import Target
-from .walk import Chain, Places, Store, advance, batches, columns
+from .walk import Chain, Places, Stack, Store, Window, advance, batches, patches
 
 Array = np.ndarray
+
+_NOTE_EVERY = 30.0  # seconds
+
+Ticks = Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One layer to fit: its target, the chain to start from, and the ranks that the scheme asks for."""
+    """One layer to fit.
+
+    ``first``: the steps of its chain that stay as they are, run over the approximated net's input. ``free``: the
+    step that is fitted behind them, whose weights the ridge draws to. ``rank``: of the map fitted, over all
+    groups; None for a full one. ``build`` turns the map of what ``free`` sees, ``(c, kh * kw)`` with c slowest,
+    to the layer's responses into the chain.
+    """
 
     target: Target
-    start: Decomposition
-    scheme: str
-    ranks: tuple[int, ...]
+    first: tuple[Step, ...]
+    free: Step
+    rank: int | None
+    build: Callable[[AffineMap], Decomposition]
+
+    @cached_property
+    def window(self) -> Window:
+        """What the layer reads for one place of its output."""
+        g = self.target.geometry
+        return Window((self.target.shape[2], self.target.shape[3]), g.stride, g.pad, g.dilation)
+
+    def sees(self, read: Array) -> Array:
+        """What ``free`` sees where the layer reads ``read`` (n, C, kh, kw): (n, c, taps of free).
+
+        The steps before it have no bias: what lies outside the map is zero for them all.
+        """
+        if not self.first:
+            return read.reshape(*read.shape[:2], -1)
+        group, seen = self.free.group, []
+        kernels = np.split(self._kernel, group)
+        for part, kernel in zip(np.split(read, group, axis=1), kernels, strict=True):
+            height, width = kernel.shape[2:]
+            windows = sliding_window_view(part, (height, width), axis=(2, 3))  # (n, c, a, b, height, width)
+            n, _, rows, columns = windows.shape[:4]
+            flat = windows.transpose(0, 2, 3, 1, 4, 5).reshape(n * rows * columns, -1)
+            seen.append((flat @ kernel.reshape(len(kernel), -1).T).reshape(n, rows * columns, -1))
+        return np.concatenate(seen, axis=2).transpose(0, 2, 1)
+
+    @cached_property
+    def _kernel(self) -> Array:
+        """The steps before ``free`` as one, (c, in/group, height, width)."""
+        return Decomposition(self.first).reconstruct().astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +102,14 @@ class Samples:
     shortcut: Array | None
 
 
-@dataclass
+Solver = Callable[[Array, Job, Following, Samples, "Array | None"], Fitted]
+
+
+@dataclass(eq=False)
 class Walker:
     """The two nets over one set of images.
 
-    ``images``: source blob value -> (N, ...) as the net wants them. ``solve``: (features, job, following,
-    samples, shortcut of the approximated net) -> the fitted chain and its error. ``step`` is called once for the
-    pass of the original net and once for each fitted layer.
+    ``images``: source blob value -> (N, ...) as the net wants them. ``positions``: sampled places of an image.
     """
 
     shaped: Shaped
@@ -70,8 +118,8 @@ class Walker:
     engine: Engine
     positions: int
     seed: int
-    step: Callable[[], None] = lambda: None
     parts: Segments = field(init=False)
+    _samples: dict[str, Samples] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parts = Segments(self.shaped, self.blobs, self.engine)
@@ -88,107 +136,335 @@ class Walker:
         """What follows a layer."""
         return following(self.shaped, self.blobs, target.index)
 
-    def sample(self, targets: Sequence[Target]) -> dict[str, Samples]:
-        """One pass of the original net: responses of all layers, and their shortcuts, at drawn places."""
-        rng = np.random.default_rng(self.seed)
-        wanted: dict[str, tuple[Places, Value, Value | None]] = {}
-        kept: dict[str, list[Array]] = {}
+    def places(self, target: Target) -> Places:
+        """The sampled places of a layer's output, the same whichever other layers are sampled."""
+        rng = np.random.default_rng([abs(self.seed), target.index])
+        return Places.draw(rng, self.n_images, self._size(target), self.positions)
+
+    def sample(self, targets: Sequence[Target], stage: Stage, key: str, step: Ticks) -> dict[str, Samples]:
+        """Responses of layers in the original net, and their shortcuts, at drawn places; one pass for all new ones.
+
+        ``step`` is told of images done. What was sampled before, for the same ``key``, comes from ``stage``.
+        """
+        missing = []
         for target in targets:
-            value = Value(target.index, 0)
-            _, _, height, width = self.shaped.shapes[value]
-            places = Places.draw(rng, self.n_images, (height, width), self.positions)
-            shortcut = self.behind(target).shortcut
-            wanted[target.name] = (places, value, shortcut)
-            kept[target.name] = [
-                np.empty((len(places), self.shaped.shapes[value][1]), np.float32)
-                for _ in range(1 + (shortcut is not None))
-            ]
-        outputs = list(
-            dict.fromkeys(
-                value for _, main, other in wanted.values() for value in (main, other) if value is not None
-            )
-        )
-        for start, stop in batches(self.n_images, self.batch):
-            made = self.parts.run({value: x[start:stop] for value, x in self.images.items()}, outputs)
-            for name, (places, main, other) in wanted.items():
+            if target.name in self._samples:
+                continue
+            file = stage.get(f"samples {target.name}", key)
+            if file is None:
+                missing.append(target)
+            else:
+                arrays = stage.load(file)
+                self._samples[target.name] = Samples(
+                    self.places(target), arrays["responses"], arrays.get("shortcut")
+                )
+        if missing:
+            self._sample(missing, step)
+            for target in missing:
+                found = self._samples[target.name]
+                arrays = {"responses": found.responses}
+                arrays |= {} if found.shortcut is None else {"shortcut": found.shortcut}
+                stage.put(f"samples {target.name}", key, stage.save(f"samples-{target.index}", arrays))
+        else:
+            step(self.n_images)
+        return {target.name: self._samples[target.name] for target in targets}
+
+    def _sample(self, targets: Sequence[Target], step: Ticks) -> None:
+        by_name = {target.name: target for target in targets}
+        wanted: dict[tuple[str, Value], tuple[Places, Array]] = {}
+        for target in targets:
+            places = self.places(target)
+            for value in filter(None, (Value(target.index, 0), self.behind(target).shortcut)):
+                empty = np.empty((len(places), self.shaped.shapes[value][1]), np.float32)
+                wanted[target.name, value] = places, empty
+        outputs = list(dict.fromkeys(value for _, value in wanted))
+        for start, stop, made in self._original(outputs, step):
+            for (name, value), (places, taken) in wanted.items():
                 here, which = places.within(start, stop)
-                kept[name][0][which] = here.take(made[main], start)
-                if other is not None:
-                    kept[name][1][which] = here.take(made[other], start)
-        self.step()
-        return {
-            name: Samples(places, kept[name][0], kept[name][1] if len(kept[name]) > 1 else None)
-            for name, (places, _, _) in wanted.items()
-        }
+                taken[which] = here.take(_maps(made[value], by_name[name]), start)
+        for target in targets:
+            shortcut = self.behind(target).shortcut
+            places, responses = wanted[target.name, Value(target.index, 0)]
+            other = None if shortcut is None else wanted[target.name, shortcut][1]
+            self._samples[target.name] = Samples(places, responses, other)
 
-    def fit(self, jobs: Sequence[Job], samples: Mapping[str, Samples], solve: Solver) -> dict[str, Fitted]:
-        """Fit the layers in net order, each from what the fitted ones before it produce."""
-        fitted: dict[str, Fitted] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            store = Store(Path(folder), self.n_images, self.batch)
-            for value, x in self.images.items():
-                filled = store.new(x.shape)
-                filled[:] = x
-                store.put(value, filled)
-            ordered = sorted(jobs, key=lambda job: job.target.index)
+    def moments(self, jobs: Sequence[Job], samples: Mapping[str, Samples], step: Ticks) -> dict[str, Moments]:
+        """Moments of what the free step of each job sees in the original net, with the responses: one pass."""
+        moments: dict[str, Moments] = {}
+        bottoms = list(dict.fromkeys(self._bottom(job.target) for job in jobs))
+        counted = 0  # the last batch reaches back
+        for start, stop, made in self._original(bottoms, step):
+            for job in jobs:
+                name = job.target.name
+                here, which = samples[name].places.within(counted, stop)
+                maps = _maps(made[self._bottom(job.target)], job.target)
+                seen = job.sees(patches(maps, here.since(start), job.window))
+                flat = seen.reshape(len(seen), -1)
+                wanted = samples[name].responses[which]
+                if name not in moments:
+                    moments[name] = Moments(flat.shape[1], wanted.shape[1])
+                moments[name].add(flat, wanted)
+            counted = stop
+        return moments
+
+    def _original(
+        self, outputs: Sequence[Value], step: Ticks
+    ) -> Iterator[tuple[int, int, dict[Value, Array]]]:
+        """Values of the original net, batch by batch."""
+        for start, stop in batches(self.n_images, self.batch):
+            given = {value: np.ascontiguousarray(x[start:stop]) for value, x in self.images.items()}
+            yield start, stop, self.parts.run(given, outputs)
+            step(stop - start)
+
+    def fit(
+        self, jobs: Sequence[Job], samples: Mapping[str, Samples], solve: Solver, stage: Stage, key: str,
+        step: Ticks, *, symmetric: bool = False,
+    ) -> dict[str, Fitted]:  # fmt: skip
+        """Fit the layers in net order, each from what the fitted ones before it produce; `ticks` images in all.
+
+        ``symmetric``: each from what the original ones before it produce, as if it were the only one.
+        """
+        ordered = sorted(jobs, key=lambda job: job.target.index)
+        done = _Progress(stage, key, self.n_images)
+        try:
+            if not done.fitted:
+                done.store = self._store(stage.folder)
+            if ordered and not done.fitted:
+                self._onward(done.store, ordered, 0, None)
             for position, job in enumerate(ordered):
-                advance(self.parts, store, job.target.index - 1, self._goals(ordered[position:]))
-                fitted[job.target.name] = self._layer(store, job, samples[job.target.name], solve)
-                self._install(store, job.target, fitted[job.target.name].chain)
-                advance(self.parts, store, job.target.index, self._goals(ordered[position + 1 :]))
-                self.step()
-        return fitted
+                if job.target.name not in done.fitted:
+                    fitted = self._layer(done.store, job, samples[job.target.name], solve, step)
+                    self._onward(done.store, ordered, position + 1, None if symmetric else fitted.chain)
+                    done.note(job.target.name, fitted)
+                else:
+                    step(self.n_images)
+            return done.fitted
+        finally:
+            done.store.close()
 
-    def _layer(self, store: Store, job: Job, samples: Samples, solve: Solver) -> Fitted:
-        (bottom,) = self.shaped.graph.nodes[job.target.index].inputs
+    def last(self, count: int) -> Walker:
+        """The same nets over the last images alone."""
+        images = {value: x[-count:] for value, x in self.images.items()}
+        size = min(self.batch, count)
+        sizes = {self.shaped.graph.blob(value): (size, *x.shape[1:]) for value, x in images.items()}
+        shaped = self.shaped if size == self.batch else infer(self.shaped.graph, sizes, partial=True)
+        return Walker(shaped, self.blobs, images, self.engine, self.positions, self.seed)
+
+    def ends(self) -> tuple[Value, ...]:
+        """What the net is judged by: the values that no layer that can be run reads; of a Softmax, its input."""
+        graph, found = self.shaped.graph, []
+        for value in graph.values():
+            runs = value in self.shaped.shapes and self._runs(graph.needed([value]))
+            if runs and not any(self._runs({reader}) for reader in graph.consumers[value]):
+                node = graph.nodes[value.node]
+                found.append(node.inputs[0] if node.layer.type == "Softmax" else value)
+        sources = set(graph.sources)
+        return tuple(dict.fromkeys(value for value in found if value not in sources))
+
+    def _runs(self, indices: Collection[int]) -> bool:
+        nodes = self.shaped.graph.nodes
+        return all(
+            spec is not None and (spec.source or spec.onnx is not None) and index not in self.shaped.unknown
+            for index, spec in ((index, nodes[index].spec) for index in indices)
+        )
+
+    def replay(self, chains: Mapping[str, Decomposition], targets: Sequence[Target]) -> list[Array]:
+        """The `ends` of the net with chains in the place of layers, over all images."""
+        ends = self.ends()
+        with tempfile.TemporaryDirectory() as folder:
+            store = self._store(Path(folder))
+            ordered = sorted((target for target in targets if target.name in chains), key=lambda t: t.index)
+            last: Target | None = None
+            for position, target in enumerate([*ordered, None]):
+                goals = [*map(self._bottom, ordered[position:]), *ends]
+                index = len(self.shaped.graph.nodes) if target is None else target.index - 1
+                self._advance(store, index, goals, last, chains[last.name] if last is not None else None)
+                last = target
+            found = [store[value].read(0, self.n_images) for value in ends]
+            store.close()
+        return found
+
+    def output_errors(
+        self, probes: Mapping[str, Sequence[Decomposition]], targets: Sequence[Target], step: Ticks
+    ) -> dict[str, list[float]]:
+        """`relative_error` of the ends with one layer at a time replaced by each of its chains."""
+        reference, ends = self.replay({}, ()), self.ends()
+        errors: dict[str, list[float]] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            store = self._store(Path(folder))
+            ordered = sorted((target for target in targets if target.name in probes), key=lambda t: t.index)
+            for position, target in enumerate(ordered):
+                goals = [*map(self._bottom, ordered[position:]), *ends]
+                self._advance(store, target.index - 1, goals)
+                parts = Segments(self.shaped, self.blobs, self.engine)  # its sessions go with it
+                errors[target.name] = []
+                for chain in probes[target.name]:
+                    run = Chain(chain.steps, self.engine, self._input_shape(target))
+                    made: list[Array] = [np.empty_like(array) for array in reference]
+                    for start, stop in batches(self.n_images, self.batch):
+                        given = store.read(start, stop)
+                        shape = (self.batch, *self.shaped.shapes[Value(target.index, 0)][1:])
+                        output = run(_maps(given[self._bottom(target)], target)).reshape(shape)
+                        found = parts.run(given | {Value(target.index, 0): output}, ends)
+                        for array, value in zip(made, ends, strict=True):
+                            array[start:stop] = found[value]
+                    errors[target.name].append(relative_error(made, reference))
+                    step(self.n_images)
+            store.close()
+        return errors
+
+    def _store(self, folder: Path) -> Store:
+        """A store of the images."""
+        store = Store(folder, self.n_images)
+        for value, x in self.images.items():
+            (filled,) = store.new([x.shape])
+            for start, stop in batches(self.n_images, self.batch):
+                filled.write(start, x[start:stop])
+            store.put(value, filled)
+        return store
+
+    def _onward(self, store: Store, jobs: Sequence[Job], position: int, chain: Decomposition | None) -> None:
+        """Bring the stored values in front of the job at a position, through ``chain`` in the place of the last one."""
+        if position < len(jobs):
+            last = jobs[position - 1].target if chain is not None else None
+            goals = self._goals(jobs[position:])
+            self._advance(store, jobs[position].target.index - 1, goals, last, chain)
+
+    def _advance(
+        self,
+        store: Store,
+        index: int,
+        goals: Sequence[Value],
+        target: Target | None = None,
+        chain: Decomposition | None = None,
+    ) -> None:
+        """Bring the stored values up to a node, through ``chain`` in the place of a layer on the way."""
+        produce = None
+        if target is not None and chain is not None:
+            run = Chain(chain.steps, self.engine, self._input_shape(target))
+            bottom, value = self._bottom(target), Value(target.index, 0)
+            shape = self.shaped.shapes[value]
+
+            def produce(given: dict[Value, Array]) -> dict[Value, Array]:
+                return given | {value: run(_maps(given[bottom], target)).reshape(shape)}
+
+        advance(self.parts, store, self.batch, index, goals, produce)
+
+    def _layer(self, store: Store, job: Job, samples: Samples, solve: Solver, step: Ticks) -> Fitted:
         behind = self.behind(job.target)
-        features = self._features(store[bottom], job, samples.places)
+        features = self._features(store[self._bottom(job.target)], job, samples.places, step)
         shortcut = None
         if behind.shortcut is not None:
-            shortcut = self._shortcut(store, behind.shortcut, samples.places)
+            shortcut = self._shortcut(store, job.target, behind.shortcut, samples.places)
         return solve(features, job, behind, samples, shortcut)
 
-    def _features(self, maps: Array, job: Job, places: Places) -> Array:
-        """What the last free step reads at the places, (n, K, kw): the chain's first step over all images."""
-        first, second = job.start.steps
-        chain = Chain((first,), self.engine, (self.batch, *maps.shape[1:]))
-        taken = np.empty((len(places), first.shape[0], second.shape[3]), np.float32)
+    def _features(self, stack: Stack, job: Job, places: Places, step: Ticks) -> Array:
+        """What the free step sees at the places, (n, c, taps), from the layer's input over all images."""
+        taken: Array | None = None
         for start, stop in batches(self.n_images, self.batch):
             here, which = places.within(start, stop)
-            local = Places(here.images - start, here.rows, here.columns)
-            taken[which] = columns(chain(maps[start:stop]), local, second)
+            seen = job.sees(
+                patches(_maps(stack.read(start, stop), job.target), here.since(start), job.window)
+            )
+            if taken is None:
+                taken = np.empty((len(places), *seen.shape[1:]), np.float32)
+            taken[which] = seen
+            step(stop - start)
+        assert taken is not None
         return taken
 
-    def _shortcut(self, store: Store, value: Value, places: Places) -> Array:
+    def _shortcut(self, store: Store, target: Target, value: Value, places: Places) -> Array:
         """The approximated net's other branch at the places: (n, d)."""
         taken = np.empty((len(places), self.shaped.shapes[value][1]), np.float32)
         for start, stop in batches(self.n_images, self.batch):
             here, which = places.within(start, stop)
-            if value in store:
-                maps = np.asarray(store[value][start:stop])
-            else:
-                maps = self.parts.run(
-                    {v: np.ascontiguousarray(store[v][start:stop]) for v in store.values}, [value]
-                )[value]
-            taken[which] = here.take(maps, start)
+            maps = self.parts.run(store.read(start, stop), [value])[value]
+            taken[which] = here.take(_maps(maps, target), start)
         return taken
-
-    def _install(self, store: Store, target: Target, chain: Decomposition) -> None:
-        """Put the fitted layer's output where the original's would stand."""
-        (bottom,) = self.shaped.graph.nodes[target.index].inputs
-        value = Value(target.index, 0)
-        runner = Chain(chain.steps, self.engine, (self.batch, *store[bottom].shape[1:]))
-        filled = store.new(self.shaped.shapes[value])
-        for start, stop in batches(self.n_images, self.batch):
-            filled[start:stop] = runner(store[bottom][start:stop])
-        store.put(value, filled)
 
     def _goals(self, jobs: Sequence[Job]) -> list[Value]:
         """What fitting these layers needs: their bottoms, and the shortcuts added to what they make."""
-        nodes = self.shaped.graph.nodes
-        found = [value for job in jobs for value in nodes[job.target.index].inputs]
+        found = [self._bottom(job.target) for job in jobs]
         shortcuts = (self.behind(job.target).shortcut for job in jobs)
         return [*found, *(value for value in shortcuts if value is not None)]
 
+    def _bottom(self, target: Target) -> Value:
+        (bottom,) = self.shaped.graph.nodes[target.index].inputs
+        return bottom
 
-Solver = Callable[[Array, Job, Following, Samples, "Array | None"], Fitted]
+    def _size(self, target: Target) -> tuple[int, int]:
+        """Height and width of a layer's output, as sampled."""
+        shape = self.shaped.shapes[Value(target.index, 0)]
+        return (1, 1) if target.dense else (shape[2], shape[3])
+
+    def _input_shape(self, target: Target) -> tuple[int, ...]:
+        """Shape of a batch of a layer's input, as maps."""
+        shape = self.shaped.shapes[self._bottom(target)]
+        return (shape[0], prod(shape[1:]), 1, 1) if target.dense else shape
+
+
+def relative_error(made: Sequence[Array], reference: Sequence[Array]) -> float:
+    """``|made - reference|^2 / |reference - its mean over images|^2``, the mean over several outputs."""
+    errors = []
+    for one, other in zip(made, reference, strict=True):
+        exact = other.astype(np.float64)
+        spread = float(((exact - exact.mean(axis=0)) ** 2).sum())
+        errors.append(float(((one - exact) ** 2).sum()) / (spread or 1.0))
+    return float(np.mean(errors)) if errors else 0.0
+
+
+def _maps(array: Array, target: Target) -> Array:
+    """Inputs or responses of a layer as (N, C, H, W): those of a fully connected one have one place."""
+    return array.reshape(len(array), -1, 1, 1) if target.dense else array
+
+
+class _Progress:
+    """What is fitted so far and the values alive behind it, noted in a stage after every layer."""
+
+    def __init__(self, stage: Stage, key: str, n_images: int) -> None:
+        self._stage, self._key = stage, key
+        noted = stage.get("fit", key)
+        self.fitted: dict[str, Fitted] = {}
+        self.store = Store(stage.folder, n_images)
+        self._entries: dict[str, Any] = {}
+        self._noted = monotonic()
+        if noted is None:
+            return
+        self.store.restore(noted["values"])
+        for name, entry in noted["fitted"].items():
+            self.fitted[name] = Fitted(_read_chain(entry["steps"], stage.load(entry["file"])), entry["error"])
+        self._entries = noted["fitted"]
+
+    def note(self, name: str, fitted: Fitted) -> None:
+        """One more layer is done. Now and then that is noted, and files that nobody needs any more are removed."""
+        self.fitted[name] = fitted
+        if monotonic() - self._noted < _NOTE_EVERY:
+            return
+        for position, (name, fitted) in enumerate(self.fitted.items()):
+            if name not in self._entries:
+                steps = fitted.chain.steps
+                arrays = {f"weight{i}": step.weight for i, step in enumerate(steps)}
+                arrays |= {f"bias{i}": step.bias for i, step in enumerate(steps) if step.bias is not None}
+                said = [[step.suffix, step.stride, step.pad, step.dilation, step.group] for step in steps]
+                file = self._stage.save(f"fitted-{position}", arrays)
+                self._entries[name] = {"file": file, "error": fitted.error, "steps": said}
+        self._stage.put("fit", self._key, {"values": self.store.note(), "fitted": self._entries})
+        self.store.sweep()
+        self._noted = monotonic()
+
+
+def _read_chain(steps: Sequence[Any], arrays: Mapping[str, Array]) -> Decomposition:
+    return Decomposition(
+        tuple(
+            Step(
+                suffix,
+                arrays[f"weight{i}"],
+                arrays.get(f"bias{i}"),
+                tuple(stride),
+                tuple(pad),
+                tuple(dilation),
+                group,
+            )  # type: ignore[arg-type]
+            for i, (suffix, stride, pad, dilation, group) in enumerate(steps)
+        )
+    )

@@ -70,8 +70,12 @@ def new_layers(
 ) -> tuple[NewLayer, ...]:
     """The blocks that stand for a chain in the place of ``layer``: its bottoms on the first, its tops on the last.
 
+    A single step without a suffix is the layer itself with other numbers.
+
     ``gains_bias``: the last one has a bias even where the layer had none.
     """
+    if [step.suffix for step in steps] == [""]:
+        return (_refitted(layer, target, steps[0], gains_bias),)
     made: list[NewLayer] = []
     bottoms: tuple[str, ...] | None = None
     for position, step in enumerate(steps):
@@ -87,7 +91,7 @@ def new_layers(
                 name=name,
                 bottoms=bottoms,
                 tops=tops,
-                block="inner_product_param" if target.dense else "convolution_param",
+                block=_block_name(target),
                 settings=_settings(layer, target, step, style, not position, last or frozen)
                 | ({"bias_term": ["true"]} if last and gains_bias and not has_bias else {}),
                 blobs=_blobs(step, target, frozen) if isinstance(step, Step) else None,
@@ -99,6 +103,20 @@ def new_layers(
         )
         bottoms = tops
     return tuple(made)
+
+
+def _refitted(layer: Layer, target: Target, step: Step | StepShape, gains_bias: bool) -> NewLayer:
+    """The layer as it is, with other numbers."""
+    bias = {"bias_term": ["true"]} if gains_bias and not _has_bias(layer, target) else {}
+    return NewLayer(
+        name=layer.name,
+        bottoms=None,
+        tops=None,
+        block=_block_name(target),
+        settings=bias,
+        blobs=_blobs(step, target, False) if isinstance(step, Step) else None,
+        params=2,
+    )
 
 
 def renamed_tops(layer: Layer, new: Sequence[NewLayer], style: Style, net: Net) -> dict[str, str]:
@@ -121,8 +139,12 @@ def _inner_tops(layer: Layer, name: str, suffix: str, from_blob: bool, namer: Na
     return tuple(one if one == name else namer.unique(one) for one in wanted)
 
 
+def _block_name(target: Target) -> str:
+    return "inner_product_param" if target.dense else "convolution_param"
+
+
 def _block(layer: Layer, target: Target) -> Message | None:
-    found = layer.message.last("inner_product_param" if target.dense else "convolution_param")
+    found = layer.message.last(_block_name(target))
     return found.value if found is not None and isinstance(found.value, Message) else None
 
 

@@ -65,9 +65,9 @@ class Target:
         """MACs of a chain in the layer's place; at a nominal image size where the real one is not known."""
         return self.places * macs(steps, self.in_hw or self._nominal)  # type: ignore[arg-type]
 
-    def chain_cost(self, scheme: Scheme, rank: int) -> int:
-        """MACs of a scheme's chain at a rank."""
-        return self.cost(*scheme.structure(self.shape, self.geometry, rank))
+    def chain_cost(self, scheme: Scheme, *ranks: int) -> int:
+        """MACs of a scheme's chain at its ranks."""
+        return self.cost(*scheme.chain(self.shape, self.geometry, ranks))
 
     @property
     def _nominal(self) -> Pair:

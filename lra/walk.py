@@ -1,17 +1,20 @@
 """Images through two nets at once: the original's responses, and the approximated net layer by layer.
 
 Each net sees every image once. Of the approximated one the values alive at the current layer are kept on disk,
-so that the next layer's input is one part of the net away.
+so that the next layer's input is one part of the net away. Only a batch of each is in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from caffe_proto.errors import FileError
 from caffe_proto.graph import Value
 from caffe_proto.layers.emit import NodeRecord, Sheet
 from caffe_proto.onnx_export import Export, to_onnx
@@ -22,6 +25,8 @@ from .decomposition import Step
 from .stats import sample_positions
 
 Array = np.ndarray
+
+IN_MEMORY = 2**30  # bytes of values that are kept in memory; more goes to files
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,49 +52,160 @@ class Places:
         """The channels of (N, C, H, W) at these places: (n, C); ``start`` is the number of the first image."""
         return np.asarray(maps[self.images - start, :, self.rows, self.columns])
 
+    def since(self, start: int) -> Places:
+        """The same places with images counted from ``start``."""
+        return Places(self.images - start, self.rows, self.columns)
+
     def within(self, start: int, stop: int) -> tuple[Places, Array]:
         """The places of images start to stop, and which of all places they are."""
         inside = np.flatnonzero((self.images >= start) & (self.images < stop))
         return Places(self.images[inside], self.rows[inside], self.columns[inside]), inside
 
 
-class Store:
-    """Values of all images, each a memory-mapped file (N, ...) in a folder; they pass in batches of ``batch``."""
+class Stack:
+    """One value of every image, (N, ...) float32, read and written in parts: in memory, or in a file of its own."""
 
-    def __init__(self, folder: Path, n_images: int, batch: int) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], *, in_memory: bool) -> None:
+        self.path = path
+        self.shape = shape
+        self._size = 4 * prod(shape[1:])
+        self._array = np.empty(shape, np.float32) if in_memory else None
+        self._file: BinaryIO | None = None
+        self._saved = False
+
+    @property
+    def memory(self) -> int:
+        """Bytes held in memory."""
+        return 0 if self._array is None else self._array.nbytes
+
+    def read(self, start: int, stop: int) -> Array:
+        """Images start to stop. Raises FileError where the file is too short."""
+        if self._array is not None:
+            return self._array[start:stop]
+        array = np.empty((stop - start, *self.shape[1:]), np.float32)
+        left = array.data.cast("B")
+        file = self._opened()
+        file.seek(start * self._size)
+        while left:
+            got = file.readinto(left)  # type: ignore[attr-defined]
+            if not got:
+                raise FileError("ends too early", path=self.path, hint="fit again, without --resume")
+            left = left[got:]
+        return array
+
+    def write(self, start: int, array: Array) -> None:
+        """Images from start on. Raises FileError where the disk is full."""
+        if self._array is not None:
+            self._array[start : start + len(array)] = array.reshape(-1, *self.shape[1:])
+        else:
+            self._to_file(start, array)
+
+    def save(self) -> None:
+        """Have everything in the file."""
+        if self._array is not None and not self._saved:
+            self._to_file(0, self._array)
+            self._saved = True
+
+    def close(self) -> None:
+        """Let go of the memory and the file; what is in the file stays."""
+        self._array = None
+        if self._file is not None:
+            self._file.close()
+
+    def _to_file(self, start: int, array: Array) -> None:
+        left = np.ascontiguousarray(array, np.float32).data.cast("B")
+        try:
+            file = self._opened()
+            file.seek(start * self._size)
+            while left:
+                left = left[file.write(left) :]
+        except OSError as error:
+            need = self._size * self.shape[0] / 2**20
+            raise FileError(
+                f"cannot be written: {error.strerror}",
+                path=self.path,
+                hint=f"one layer's activations of {self.shape[0]} images take {need:,.0f} MiB: free space, or give fewer --n-images",
+            ) from None
+
+    def _opened(self) -> BinaryIO:
+        if self._file is None:
+            self._file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)  # type: ignore[assignment]
+        assert self._file is not None
+        return self._file
+
+
+class Store:
+    """Values of all images, each a `Stack`; those beyond ``memory`` bytes in files of a folder."""
+
+    def __init__(self, folder: Path, n_images: int, memory: int = IN_MEMORY) -> None:
         self.folder = folder
         self.n_images = n_images
-        self.batch = batch
-        self._maps: dict[Value, np.memmap] = {}  # type: ignore[type-arg]
+        self._memory = memory
+        self._stacks: dict[Value, Stack] = {}
+        self._dropped: list[Path] = []
         self._made = 0
 
     def __contains__(self, value: Value) -> bool:
-        return value in self._maps
+        return value in self._stacks
 
-    def __getitem__(self, value: Value) -> Array:
-        return self._maps[value]
+    def __getitem__(self, value: Value) -> Stack:
+        return self._stacks[value]
 
     @property
     def values(self) -> tuple[Value, ...]:
         """What is stored."""
-        return tuple(self._maps)
+        return tuple(self._stacks)
 
-    def new(self, shape: tuple[int, ...]) -> np.memmap:  # type: ignore[type-arg]
-        """An empty map for one value of every image; ``put`` it under a value once it is filled."""
-        self._made += 1
-        path = self.folder / f"{self._made}.f32"
-        return np.memmap(path, np.float32, "w+", shape=(self.n_images, *shape[1:]))
+    def new(self, shapes: Iterable[tuple[int, ...]]) -> list[Stack]:
+        """Empty stacks for values of every image; ``put`` them once they are filled."""
+        left = self._memory - sum(stack.memory for stack in self._stacks.values())
+        made = []
+        for shape in shapes:
+            self._made += 1
+            full = (self.n_images, *shape[1:])
+            left -= 4 * prod(full)
+            made.append(Stack(self.folder / f"{self._made}.f32", full, in_memory=left >= 0))
+        return made
 
-    def put(self, value: Value, array: np.memmap) -> None:  # type: ignore[type-arg]
-        """Keep a filled map; one that stood there goes."""
+    def put(self, value: Value, stack: Stack) -> None:
+        """Keep a filled stack; one that stood there goes."""
         self.drop(value)
-        self._maps[value] = array
+        self._stacks[value] = stack
 
     def drop(self, value: Value) -> None:
-        """Forget a value and remove its file."""
-        old = self._maps.pop(value, None)
-        if old is not None and old.filename is not None:
-            Path(old.filename).unlink()
+        """Forget a value; its file stays until `sweep`."""
+        old = self._stacks.pop(value, None)
+        if old is not None:
+            old.close()
+            self._dropped.append(old.path)
+
+    def sweep(self) -> None:
+        """Remove the files of what was dropped."""
+        for path in self._dropped:
+            path.unlink(missing_ok=True)
+        self._dropped.clear()
+
+    def note(self) -> dict[str, Any]:
+        """Have everything in files; gives what `restore` needs, for JSON."""
+        for stack in self._stacks.values():
+            stack.save()
+        stacks = [[*value, stack.path.name, stack.shape] for value, stack in self._stacks.items()]
+        return {"made": self._made, "stacks": stacks}
+
+    def restore(self, noted: Mapping[str, Any]) -> None:
+        """Take up the files that were there when ``noted`` was written."""
+        self._made = noted["made"]
+        for node, top, name, shape in noted["stacks"]:
+            self._stacks[Value(node, top)] = Stack(self.folder / name, tuple(shape), in_memory=False)
+
+    def read(self, start: int, stop: int) -> dict[Value, Array]:
+        """All values of images start to stop."""
+        return {value: stack.read(start, stop) for value, stack in self._stacks.items()}
+
+    def close(self) -> None:
+        """Let go of memory and files; what is in files stays."""
+        for stack in self._stacks.values():
+            stack.close()
 
 
 def batches(n_images: int, size: int) -> Iterator[tuple[int, int]]:
@@ -99,20 +215,31 @@ def batches(n_images: int, size: int) -> Iterator[tuple[int, int]]:
         yield max(0, stop - size), stop
 
 
-def advance(parts: Segments, store: Store, index: int, goals: Collection[Value]) -> None:
-    """Bring the stored values up to node ``index``: afterwards exactly those that the goals still need are stored."""
+def advance(
+    parts: Segments,
+    store: Store,
+    batch: int,
+    index: int,
+    goals: Collection[Value],
+    produce: Callable[[dict[Value, Array]], dict[Value, Array]] | None = None,
+) -> None:
+    """Bring the stored values up to node ``index``: afterwards exactly those that the goals still need are stored.
+
+    ``produce``: adds to the stored values of a batch those that stand for layers which are not run.
+    """
     readers = parts.graph.needed(goals)
     reached = (goal for goal in goals if goal.node <= index)
     wanted = tuple(dict.fromkeys((*parts.live(index, readers), *reached)))
     missing = [value for value in wanted if value not in store]
     if missing:
-        made = {value: store.new(parts.shaped.shapes[value]) for value in missing}
-        for start, stop in batches(store.n_images, store.batch):
-            given = {value: np.ascontiguousarray(store[value][start:stop]) for value in store.values}
-            for value, array in parts.run(given, missing).items():
-                made[value][start:stop] = array
-        for value, array in made.items():
-            store.put(value, array)
+        stacks = store.new(parts.shaped.shapes[value] for value in missing)
+        made = dict(zip(missing, stacks, strict=True))
+        for start, stop in batches(store.n_images, batch):
+            given = store.read(start, stop)
+            for value, array in parts.run(produce(given) if produce else given, missing).items():
+                made[value].write(start, array)
+        for value, stack in made.items():
+            store.put(value, stack)
     for value in store.values:
         if value not in wanted:
             store.drop(value)
@@ -157,14 +284,34 @@ def _convolution(sheet: Sheet, source: str, step: Step, position: int) -> str:
     return out
 
 
-def columns(maps: Array, places: Places, step: Step) -> Array:
-    """The taps that a 1 x kw convolution reads at its output places: (n, K, kw), zero outside the map.
+@dataclass(frozen=True)
+class Window:
+    """What a convolution reads for one place of its output: kernel, stride, pad and dilation, (h, w) each."""
 
-    ``maps``: (N, K, H, W) in front of ``step``, whose vertical settings are 1, 0, 1.
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    pad: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def along(self, places: Array, axis: int) -> Array:
+        """Where along an axis of the input it reads for each place: (n, k)."""
+        taps = np.arange(self.kernel[axis]) * self.dilation[axis]
+        return np.asarray(places[:, None] * self.stride[axis] - self.pad[axis] + taps)
+
+
+def patches(maps: Array, places: Places, window: Window) -> Array:
+    """What a convolution reads at its output places: (n, C, kh, kw), zero outside the map.
+
+    ``maps``: (N, C, H, W) in front of it.
     """
-    width = maps.shape[3]
-    taps = np.arange(step.shape[3]) * step.dilation[1] - step.pad[1]
-    at = places.columns[:, None] * step.stride[1] + taps  # (n, kw)
-    inside = (at >= 0) & (at < width)
-    read = maps[places.images[:, None], :, places.rows[:, None], np.where(inside, at, 0)]  # (n, kw, K)
-    return np.asarray(np.where(inside[:, :, None], read, 0)).transpose(0, 2, 1)
+    height, width = maps.shape[2:]
+    rows, columns = window.along(places.rows, 0), window.along(places.columns, 1)
+    inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None]
+    down, across = rows.clip(0, height - 1)[:, :, None], columns.clip(0, width - 1)[:, None]
+    seen = maps[places.images[:, None, None], :, down, across]  # (n, kh, kw, C)
+    seen[~inside] = 0
+    return np.asarray(seen.transpose(0, 3, 1, 2))
+
+
+def _within(at: Array, size: int) -> Array:
+    return np.asarray((at >= 0) & (at < size))

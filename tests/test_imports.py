@@ -12,13 +12,14 @@ ORDER = (
     """
     caffe_proto.errors
     caffe_proto.files caffe_proto.schema caffe_proto.text caffe_proto.wire
-    lra.linalg lra.stats lra.nonlinear lra.decomposition lra.ranks lra.digits
+    lra.linalg lra.stats lra.nonlinear lra.decomposition lra.ranks lra.digits hrank.rank hrank.criteria
     lra.schemes.base lra.schemes.cross_filter lra.schemes.spatial
     lra.schemes.response lra.schemes.asymmetric3d lra.schemes
+    lra.filters lra.force lra.clipping lra.sparsify
     caffe_proto.blocks caffe_proto.weights caffe_proto.upgrade caffe_proto.net
     caffe_proto.recover caffe_proto.upgrade_weights
-    caffe_proto.typed caffe_proto.model
-    caffe_proto.layers.emit caffe_proto.layers.spec
+    caffe_proto.typed caffe_proto.model caffe_proto.solver caffe_proto.outputs caffe_proto.snapshots
+    caffe_proto.layers.emit caffe_proto.layers.channels caffe_proto.layers.spec
     caffe_proto.layers.conv caffe_proto.layers.dense caffe_proto.layers.ends caffe_proto.layers.norm
     caffe_proto.layers.pointwise caffe_proto.layers.pool caffe_proto.layers.shape caffe_proto.layers.softmax
     caffe_proto.layers.indexing caffe_proto.layers.reduce caffe_proto.layers.loss caffe_proto.layers.recurrent
@@ -28,18 +29,27 @@ ORDER = (
     caffe_proto.preprocess caffe_proto.graph
     caffe_proto.shape_inference caffe_proto.costs caffe_proto.binding caffe_proto.rewrite caffe_proto.plan
     caffe_proto.deploy caffe_proto.meaning caffe_proto.diff
+    caffe_proto.fillers
+    caffe_proto.torch_layers.base caffe_proto.torch_layers.conv caffe_proto.torch_layers.pool
+    caffe_proto.torch_layers.pointwise caffe_proto.torch_layers.norm caffe_proto.torch_layers.shape
+    caffe_proto.torch_layers.recurrent caffe_proto.torch_layers.loss caffe_proto.torch_layers
+    caffe_proto.torch_net
     caffe_proto.onnx_export
     caffe_proto.runtime caffe_proto.latency caffe_proto.segments
     caffe_proto.data.pictures caffe_proto.data.base caffe_proto.data.folders caffe_proto.data.arrays
     caffe_proto.data.datums caffe_proto.data caffe_proto.data.transform caffe_proto.data.batches
     caffe_proto.data.build
     caffe_proto.evaluation
+    caffe_proto.train_data caffe_proto.train
     caffe_proto
-    lra.plan lra.targets lra.styles
-    lra.following lra.walk lra.responses lra.calibration lra.fitting
+    lra.plan lra.targets lra.styles lra.train_layers lra.train_hooks
+    lra.following lra.walk lra.stage lra.responses lra.calibration lra.jobs lra.fitting lra.options lra.selection lra.auto
+    lra.latency_table lra.latency_probe lra.latency
     lra.planner lra.applier
     lra
-    caffe_proto.console caffe_proto.array_files caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli
+    hrank.sites hrank.measure hrank.rank_files
+    hrank.groups hrank.coupling hrank.plan hrank.applier hrank.counts hrank.rates
+    caffe_proto.console caffe_proto.array_files caffe_proto.cli_train caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli
     lra.demo lra.outputs lra.cli_decompose lra.cli lra.__main__
     hrank
     """
@@ -49,7 +59,19 @@ ORDER = (
 CONFINED = {
     "onnxruntime": {"caffe_proto.runtime", "caffe_proto.latency", "caffe_proto.segments", "caffe_proto.cli"},
     "onnx": {"caffe_proto.onnx_export"},
-    "torch": set(),
+    "torch": {
+        "caffe_proto.torch_net",
+        "caffe_proto.torch_layers.base",
+        "caffe_proto.torch_layers.conv",
+        "caffe_proto.torch_layers.loss",
+        "caffe_proto.torch_layers.norm",
+        "caffe_proto.torch_layers.pointwise",
+        "caffe_proto.torch_layers.pool",
+        "caffe_proto.torch_layers.recurrent",
+        "caffe_proto.torch_layers.shape",
+        "caffe_proto.train",
+        "lra.train_hooks",
+    },  # fmt: skip
     "PIL": {"caffe_proto.data.pictures"},
     "lmdb": {"caffe_proto.data.datums", "caffe_proto.data.build"},
 }

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..decomposition import Decomposition, Geometry, Pair, Shape, Step, StepShape
 from ..linalg import AffineMap
 from . import response, spatial
-from .base import check_rank
+from .base import Scheme, check_rank
 
 Ranks = Pair  # (d'', d'), both over all groups
 
@@ -148,3 +148,11 @@ def _second(pair: Decomposition) -> Step:
     if len(pair.steps) != 2 or pair.steps[1].shape[2] != 1:
         raise ValueError("not a pair of a kh x 1 and a 1 x kw convolution")
     return pair.steps[1]
+
+
+def max_rank(shape: Shape, group: int) -> int:
+    """Largest rank that can stand for both, over all groups: that of `spatial`, at most out."""
+    return min(spatial.max_rank(shape, group), response.max_rank(shape, group))
+
+
+ASYMMETRIC_3D = Scheme("asymmetric-3d", max_rank, structure, response.no_images, n_ranks=2)

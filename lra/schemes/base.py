@@ -16,7 +16,7 @@ from ..linalg import Array, balance, left_svd, low_rank
 _SLACK = 1e-9  # relative: an energy met up to rounding counts as met
 _NOISE = 1e-26  # an energy this far below the total is rounding, not signal
 
-Structure = Callable[[Shape, Geometry, int], tuple[StepShape, ...]]
+Structure = Callable[[Shape, Geometry, Any], tuple[StepShape, ...]]
 Unfold = Callable[[Array], Array]
 Fold = Callable[[Array, Array, Shape], tuple[Array, Array]]
 
@@ -159,13 +159,26 @@ class Scheme:
     structure: (shape, geometry, rank) -> the chain's shapes; raises ValueError on an impossible rank.
     spectrum: (weight, geometry) -> what is retained at every rank, and the factors.
 
-    A shape is that of the weight blob, (out, in/group, kh, kw).
+    A shape is that of the weight blob, (out, in/group, kh, kw). A scheme of several ranks (``n_ranks``) takes a
+    tuple of them where others take one.
     """
 
     name: str
     max_rank: Callable[[Shape, int], int]
     structure: Structure
     spectrum: Callable[[NDArray[Any], Geometry], Spectrum]
+    n_ranks: int = 1
+
+    def chain(self, shape: Shape, geometry: Geometry, ranks: tuple[int, ...]) -> tuple[StepShape, ...]:
+        """The chain's shapes at its ranks; a single rank stands for all of them.
+
+        Raises:
+            ValueError: impossible ranks, or another number of them.
+        """
+        given = ranks * self.n_ranks if len(ranks) == 1 else ranks
+        if len(given) != self.n_ranks:
+            raise ValueError(f"{len(ranks)} ranks, {self.name} takes {self.n_ranks}")
+        return self.structure(shape, geometry, given[0] if self.n_ranks == 1 else given)
 
 
 def check_rank(rank: int, group: int, max_rank: int) -> None:

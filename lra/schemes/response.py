@@ -56,7 +56,8 @@ class ResponseSpectrum(Spectrum):
         raise ValueError("a response scheme is fitted to images, weights alone give no factors")
 
 
-def _no_images(_weight: NDArray[Any], _geometry: Geometry) -> Spectrum:
+def no_images(_weight: NDArray[Any], _geometry: Geometry) -> Spectrum:
+    """The factorization of a scheme that weights alone do not determine: there is none."""
     raise ValueError("a response scheme needs images")
 
 
@@ -149,4 +150,4 @@ def shifted_bias(mapping: AffineMap, bias: NDArray[Any] | None, group: int) -> A
     return mapping.b + np.concatenate([P @ (Q.T @ w0) for P, Q, w0 in parts])
 
 
-RESPONSE = Scheme("response", max_rank, structure, _no_images)
+RESPONSE = Scheme("response", max_rank, structure, no_images)
