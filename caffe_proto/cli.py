@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .costs import LayerCost
+    from .latency import Gain
     from .model import Model
 
 
@@ -293,7 +294,9 @@ def time_(
     """Time nets with onnxruntime side by side: median, 90th percentile, ratio of the first median to each.
 
     A NET without WEIGHTS gets random ones, so that a published prototxt can be timed alone. Runs are
-    interleaved and sessions do not spin, so that none spoils another's times.
+    interleaved and sessions do not spin, so that none spoils another's times. Of several nets it says how many
+    times fewer MACs than the first they take, and how much of that is measured (efficiency); with --profile by
+    layer too, layers that were decomposed beside what stands for them.
     """
     import onnxruntime
 
@@ -306,15 +309,31 @@ def time_(
         timings = latency.measure(
             subjects, engine, runs=runs, warmup=warmup, batch=batch, seed=seed, step=step
         )
-    profiles = [latency.profile(one, engine, batch=batch, seed=seed) for one in subjects] if profile else []
-    first = timings[0].median
+    profiles = latency.profiles(subjects, engine, batch=batch, seed=seed) if profile else []
+    whole = [
+        latency.Gain(t.name, (timings[0].median, t.median), (subjects[0].total_macs, one.total_macs))
+        for t, one in zip(timings, subjects, strict=True)
+    ]
+    pairs = [
+        latency.gains(subjects[0], one, profiles[0], layers)
+        for one, layers in zip(subjects[1:], profiles[1:], strict=False)
+        if subjects[0].macs and one.macs
+    ]
     if as_json:
         rows: list[dict[str, Any]] = [
-            {"model": t.name, "median_ms": t.median, "p90_ms": t.p90, "ratio": first / t.median}
-            for t in timings
+            {"model": t.name, "median_ms": t.median, "p90_ms": t.p90, "ratio": gain.measured}
+            | ({"macs": gain.macs[1]} if gain.macs[1] else {})
+            | _arithmetic_json(gain)
+            for t, gain in zip(timings, whole, strict=True)
         ]
         for row, layers in zip(rows, profiles, strict=False):
             row["layers"] = [{"name": one.name, "ops": one.ops, "ms": one.milliseconds} for one in layers]
+        for row, gains in zip([row for row in rows[1:] if "macs" in row], pairs, strict=False):
+            row["gains"] = [
+                {"name": one.name, "ms": list(one.ms), "ratio": one.measured, "macs": list(one.macs)}
+                | _arithmetic_json(one)
+                for one in gains
+            ]
         settings = {
             "threads": threads,
             "provider": provider,
@@ -323,9 +342,14 @@ def time_(
         }
         console.echo_json({"models": rows, **settings})
         return
+    counted = sum(1 for one in subjects if one.macs) > 1 and bool(subjects[0].macs)
     console.table(
-        ["model", "median ms", "p90 ms", "speed-up"],
-        [[t.name, f"{t.median:.3f}", f"{t.p90:.3f}", f"{first / t.median:.2f}x"] for t in timings],
+        ["model", "median ms", "p90 ms", "speed-up", *(["MACs fewer", "efficiency"] if counted else [])],
+        [
+            [t.name, f"{t.median:.3f}", f"{t.p90:.3f}", f"{gain.measured:.2f}x"]
+            + (_arithmetic_row(gain) if counted else [])
+            for t, gain in zip(timings, whole, strict=True)
+        ],
         left=1,
     )
     used = f"{threads} threads" if threads else "all cores"
@@ -338,6 +362,33 @@ def time_(
             for layer in layers
         ]
         console.table(["layer", "operators", "ms", "share"], rows_, total=["total", "", f"{total:.3f}", ""])
+    for one, gains in zip([one for one in subjects[1:] if one.macs], pairs, strict=False):
+        click.echo(f"\n{subjects[0].name} against {one.name}")
+        console.table(
+            ["layer", "ms before", "after", "speed-up", "MACs fewer", "efficiency"],
+            [
+                [
+                    gain.name or "(the rest)",
+                    *(f"{ms:.3f}" for ms in gain.ms),
+                    f"{gain.measured:.2f}x",
+                    *_arithmetic_row(gain),
+                ]
+                for gain in gains
+            ],
+            left=1,
+        )
+
+
+def _arithmetic_json(gain: Gain) -> dict[str, float]:
+    if gain.arithmetic is None or gain.efficiency is None:
+        return {}
+    return {"arithmetic": gain.arithmetic, "efficiency": gain.efficiency}
+
+
+def _arithmetic_row(gain: Gain) -> list[str]:
+    if gain.arithmetic is None or gain.efficiency is None:
+        return ["-", "-"]
+    return [f"{gain.arithmetic:.2f}x", f"{gain.efficiency:.0%}"]
 
 
 COMMANDS = (info, run, export, time_, *cli_nets.COMMANDS, *cli_data.COMMANDS)

@@ -8,15 +8,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from .costs import cost
 from .errors import FileError, UsageError
 from .files import read_bytes
+from .graph import build
+from .layers.emit import Sheet
 from .model import Model, load
-from .onnx_export import Request, draw, to_onnx
+from .onnx_export import Request, draw, source_shapes, to_onnx
 from .runtime import Engine, open_onnx
+from .shape_inference import infer
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -26,6 +31,36 @@ _DTYPES = {
     "tensor(int32)": np.int32,
     "tensor(uint8)": np.uint8,
 }
+
+
+LEARNT = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_KERNEL = "_kernel_time"
+
+
+class NodeNames:
+    """Which layer a kernel belongs to: onnxruntime calls it after a node, or after the tensor it ends in."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self._constants = frozenset(sheet.constants)
+        self._nodes = {node.name: node for node in sheet.nodes}
+        self._makers = {name: node for node in sheet.nodes for name in node.outputs}
+
+    def layer(self, name: str, op: str) -> str:
+        """The layer by a kernel's name and operator; "" where there is none.
+
+        A convolution or product that took what follows into itself is called after the last of that.
+        """
+        node = self._nodes.get(name) or self._makers.get(name)
+        if op.removeprefix("Fused") in LEARNT:
+            while node is not None and node.op not in LEARNT:
+                sources = [source for source in node.inputs if source not in self._constants]
+                node = self._makers.get(sources[0]) if len(sources) == 1 else None
+        return node.layer if node is not None else ""
+
+
+def node_name(kernel: str) -> str:
+    """The node or tensor by the name that a profile gives to its kernel."""
+    return kernel.removesuffix(_KERNEL).removesuffix("_nchwc").removeprefix("fused ")
 
 
 @dataclass(frozen=True)
@@ -40,7 +75,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """What the nodes of one layer take: their operators, and milliseconds a run (mean)."""
+    """What the nodes of one layer take: their operators, and milliseconds (the sum of the nodes' medians)."""
 
     name: str
     ops: str
@@ -49,14 +84,47 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to time: its name, its ONNX bytes or file, and the Caffe layer of each node and tensor.
+    """A model to time: its name, its ONNX bytes or file; of a Caffe net also whose layers its nodes are.
 
-    onnxruntime names an optimized node after the node or the tensor that it replaces.
+    ``macs``: by layer, for the batch that is timed; empty for an ONNX file.
     """
 
     name: str
     source: bytes | str
-    layers: Mapping[str, str] = field(default_factory=dict)
+    nodes: NodeNames | None = None
+    macs: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total_macs(self) -> int:
+        """MACs of a forward pass, 0 where they are not known."""
+        return sum(self.macs.values())
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One layer of a net, and what stands in its place in another: milliseconds and MACs before and after.
+
+    ``name`` is "" for everything that takes time without multiplying.
+    """
+
+    name: str
+    ms: tuple[float, float]
+    macs: tuple[int, int]
+
+    @property
+    def measured(self) -> float:
+        """How many times faster."""
+        return self.ms[0] / self.ms[1] if self.ms[1] else 1.0
+
+    @property
+    def arithmetic(self) -> float | None:
+        """How many times fewer MACs, None where there are none."""
+        return self.macs[0] / self.macs[1] if all(self.macs) else None
+
+    @property
+    def efficiency(self) -> float | None:
+        """The share of the arithmetic speed-up that is measured: their ratio."""
+        return self.measured / self.arithmetic if self.arithmetic is not None else None
 
 
 def subject(item: str, *, batch: int | None, seed: int, phase: str = "TEST") -> Subject:
@@ -73,11 +141,10 @@ def subject(item: str, *, batch: int | None, seed: int, phase: str = "TEST") -> 
 def of_model(name: str, model: Model, request: Request) -> Subject:
     """A loaded model as something to time."""
     export = draw(model, request)
-    layers = {output: record.layer for record in export.sheet.nodes for output in record.outputs}
-    layers |= {
-        record.name: record.layer for record in export.sheet.nodes
-    }  # an in-place blob has a node's name
-    return Subject(name, to_onnx(export).SerializeToString(), layers)
+    built = build(model.net)
+    counted = cost(infer(built, source_shapes(built, request), partial=True))
+    macs = {row.name: row.macs for row in counted.layers}
+    return Subject(name, to_onnx(export).SerializeToString(), NodeNames(export.sheet), macs)
 
 
 @dataclass(frozen=True)
@@ -161,28 +228,81 @@ def measure(
     ]
 
 
-def profile(
-    one: Subject, engine: Engine, *, runs: int = 20, batch: int | None = None, seed: int = 0
-) -> list[LayerTime]:
-    """Time by layer in execution order, as onnxruntime's own profiler counts it.
+def profiles(
+    subjects: Sequence[Subject], engine: Engine, *, runs: int = 20, batch: int | None = None, seed: int = 0
+) -> list[list[LayerTime]]:
+    """Time by layer in execution order for each model, as onnxruntime's own profiler counts it, run in turn.
 
     A fused node counts for the layer whose operator leads it; nodes that onnxruntime adds keep their names.
     """
     with tempfile.TemporaryDirectory() as folder:
         quiet = Engine(engine.threads, engine.provider, spin=False, profile=True)
-        runner = _runner(one, quiet, batch, seed, f"{folder}/profile")
+        runners = [_runner(one, quiet, batch, seed, f"{folder}/profile{i}") for i, one in enumerate(subjects)]
         for _ in range(runs + 1):
-            runner.run()
-        events = json.loads(Path(runner.ort.end_profiling()).read_text())
-    nodes: dict[tuple[str, str], list[float]] = {}
+            for runner in runners:
+                runner.run()
+        events = [json.loads(Path(runner.ort.end_profiling()).read_text()) for runner in runners]
+    return [_by_layer(one, found, runs) for one, found in zip(subjects, events, strict=True)]
+
+
+def _by_layer(one: Subject, events: Sequence[Mapping[str, Any]], runs: int) -> list[LayerTime]:
+    """The last ``runs`` runs of a profile."""
+    kernels: dict[tuple[str, str], list[float]] = {}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            key = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
-            nodes.setdefault(key, []).append(event["dur"] / 1e3)
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+            key = (event["name"], event["args"]["op_name"])
+            kernels.setdefault(key, []).append(event["dur"] / 1e3)
     layers: dict[str, tuple[list[str], float]] = {}
-    for (name, op), found in nodes.items():
-        node = name.removesuffix("_nchwc").removeprefix("fused ")
-        layer = one.layers.get(node, name)
+    for (name, op), found in kernels.items():
+        layer = one.nodes.layer(node_name(name), op) if one.nodes is not None else ""
+        layer = layer or name.removesuffix(_KERNEL)
         ops, total = layers.get(layer, ([], 0.0))
-        layers[layer] = ([*ops, op], total + sum(found[-runs:]) / runs)
+        layers[layer] = ([*ops, op], total + float(np.median(found[-runs:])))
     return [LayerTime(name, "+".join(dict.fromkeys(ops)), total) for name, (ops, total) in layers.items()]
+
+
+def replaced(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:
+    """By layer of another net the layer of this one that it is or stands for, by name.
+
+    A layer of the other net alone belongs to the longest name that it begins with, followed by ``_``, of the
+    layers of this net alone: as `conv1_v` and `conv1_h` to `conv1`. One that fits none is left out.
+    """
+    gone = sorted(set(names) - set(others), key=len, reverse=True)
+    found = {name: name for name in others if name in set(names)}
+    for name in others:
+        owner = next((one for one in gone if name.startswith(f"{one}_")), None)
+        if name not in found and owner is not None:
+            found[name] = owner
+    return found
+
+
+def gains(
+    first: Subject, second: Subject, before: Sequence[LayerTime], after: Sequence[LayerTime]
+) -> list[Gain]:
+    """What became of every layer that multiplies, and of all the rest together, from the profiles of two nets.
+
+    A layer whose operators onnxruntime has merged into others', or which is not matched, counts for the rest.
+    """
+    owners = replaced(list(first.macs), list(second.macs))
+    old = {one.name: one.milliseconds for one in before}
+    new: dict[str, float] = {}
+    macs: dict[str, int] = {}
+    for name, count in second.macs.items():
+        macs[owners.get(name, "")] = macs.get(owners.get(name, ""), 0) + count
+    for one in after:
+        owner = owners.get(one.name, "")
+        new[owner] = new.get(owner, 0.0) + one.milliseconds
+    rows = [
+        Gain(name, (old[name], new[name]), (count, macs[name]))
+        for name, count in first.macs.items()
+        if count and name in old and name in new and macs.get(name)
+    ]
+    rest = (
+        sum(old.values()) - sum(row.ms[0] for row in rows),
+        sum(new.values()) - sum(row.ms[1] for row in rows),
+    )
+    left = (
+        first.total_macs - sum(row.macs[0] for row in rows),
+        second.total_macs - sum(row.macs[1] for row in rows),
+    )
+    return [*rows, Gain("", rest, left)]

@@ -50,7 +50,7 @@ class NewLayer:
 
 @dataclass(frozen=True)
 class Replace:
-    """Put new layers, in order, in the place of every block named ``layer``.
+    """Put new layers, in order, in the place of every block named ``layer``; with none the block goes, lines and all.
 
     ``rename``: blobs that get another name wherever the file reads or writes them.
     """
@@ -129,7 +129,7 @@ def apply(model: Model, edits: Sequence[Replace | Narrow]) -> Model:
             if len(other.tops) != len(blocks[0].tops):
                 what = "stands in the file twice, with other tops"
                 raise NetError(what, path=net.path, line=other.line, layer=edit.layer)
-        changes += [Edit(*layer.span, _join(net, layer, edit.new)) for layer in blocks]
+        changes += [change for layer in blocks for change in _replaced(net, layer, edit.new)]
     document = text.parse(text.splice(net.text, changes), net.path)
     changed = _renamed(
         replace(net, document=document),
@@ -196,6 +196,15 @@ def _renamed(net: Net, names: Mapping[str, str]) -> Net:
         if isinstance(found.value, Scalar) and found.value.string in names
     ]
     return replace(net, document=text.parse(text.splice(net.text, edits), net.path)) if edits else net
+
+
+def _replaced(net: Net, layer: Layer, new: Sequence[NewLayer]) -> list[Edit]:
+    """The edits to the file that put new blocks in the place of one."""
+    if new:
+        return [Edit(*layer.span, _join(net, layer, new))]
+    whole = Block(net.document, 0, len(net.text))
+    whole.remove(next(found for found in net.document.root.fields if (found.start, found.end) == layer.span))
+    return whole.edits()
 
 
 def _join(net: Net, layer: Layer, new: Sequence[NewLayer]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_proto.costs import cost as count
 from caffe_proto.errors import PlanError, UsageError
+from caffe_proto.fold import fold_batchnorm
 from caffe_proto.graph import build
 from caffe_proto.model import Model
 from caffe_proto.net import nearest
@@ -17,12 +18,14 @@ from caffe_proto.rewrite import apply as rewrite
 from caffe_proto.shape_inference import InputShapes, infer
 
 from .decomposition import Step, StepShape
-from .plan import REFIT, LayerPlan, Plan
+from .plan import REFIT, LayerPlan, Plan, Predicted
 from .schemes import ALL_SCHEMES
 from .styles import STYLES, new_layers, renamed_tops
 from .targets import Found, Spectra, Target, find
 
 if TYPE_CHECKING:
+    from caffe_proto.runtime import Engine
+
     from .fitting import Fits
 
 
@@ -31,7 +34,8 @@ class Row:
     """One decomposed layer: MACs before and after (None where shapes are unknown), and the error.
 
     ``error`` is ``||W - W'|| / ||W||`` of the weights, or, where ``error_of`` is "responses", the same of
-    held-out responses behind activation and shortcut; None without weights.
+    held-out responses behind activation and shortcut; None without weights. ``ms``: milliseconds before and
+    after as a plan by measured time predicts them.
     """
 
     name: str
@@ -41,11 +45,12 @@ class Row:
     macs: tuple[int, int] | None
     error: float | None
     error_of: str = "weights"
+    ms: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a net: rows, totals before and after, layers kept with the reason, doubts."""
+    """What became of a net: rows, totals before and after, layers kept with the reason, doubts, times predicted."""
 
     rows: tuple[Row, ...]
     macs: tuple[int, int]
@@ -53,6 +58,7 @@ class Report:
     params: tuple[int, int]
     kept: dict[str, str]
     warnings: tuple[str, ...] = ()
+    predicted: Predicted | None = None
 
 
 def apply(
@@ -66,6 +72,7 @@ def apply(
     input_shapes: InputShapes | None = None,
     found: Found | None = None,
     spectra: Spectra | None = None,
+    engine: Engine | None = None,
 ) -> tuple[Model, Report]:
     """Rewrite a model by a plan: the same plan and files give the same bytes.
 
@@ -74,6 +81,9 @@ def apply(
 
     A plan that fits responses needs the ``images`` it was made with: a Calibration, an array (N, C, H, W) as the
     net wants it, or arrays by blob. ``step`` is called as the fitting goes on: one call more than layers.
+
+    ``engine``: how the net shall run; a plan by measured time warns where its times are of another processor,
+    release of onnxruntime or, with an ``engine``, other threads or another provider.
 
     Raises PlanError where the plan was made for other files (unless ``force``) or names layers that the net
     lacks, UsageError on a rank a layer cannot have.
@@ -107,8 +117,20 @@ def apply(
         new = new_layers(layer, target, steps, style, namer, gains_bias=name in fitted)
         edits.append(Replace(name, new, renamed_tops(layer, new, style, model.net)))
     changed = rewrite(model, edits)
-    warnings = fits.warnings if fits is not None else ()
+    warnings = (fits.warnings if fits is not None else ()) + doubts(plan, engine)
+    if plan.target.get("fold_bn"):
+        changed, unfolded = fold_batchnorm(changed, input_shapes)
+        warnings += tuple(f'layer "{name}" is not folded: {reason}' for name, reason in unfolded.items())
     return changed, _report(plan, found, changed, edits, errors, set(fitted), warnings, input_shapes)
+
+
+def doubts(plan: Plan, engine: Engine | None) -> tuple[str, ...]:
+    """Why the times of a plan by measured time may not hold here."""
+    if plan.predicted is None:
+        return ()
+    from .latency_plan import foreign  # brings onnxruntime, which other plans do not need
+
+    return foreign(plan.predicted, engine)
 
 
 def _fitted(plan: Plan, place: _Place, images: Any, force: bool, step: Callable[[int], None]) -> Fits | None:
@@ -218,7 +240,7 @@ def _report(
                 full = ALL_SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
             pair = (target.macs, sum(macs[new.name].macs for new in edit.new))
         of = "responses" if edit.layer in fitted else "weights"
-        rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer], of))
+        rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer], of, entry.ms))
     return Report(
         tuple(rows),
         (before.macs, after.macs),
@@ -226,4 +248,5 @@ def _report(
         (before.params, after.params),
         dict(plan.kept),
         warnings,
+        plan.predicted,
     )

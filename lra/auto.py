@@ -32,7 +32,8 @@ Array = NDArray[np.float64]
 
 ENERGY_SHARE = 0.05  # of -log of the energy, in the loss
 PROBED = (0.4, 0.1, 0.02)  # relative errors of responses near which the harm is measured
-PROBE_IMAGES = 128  # at most, the last ones
+PROBE_IMAGES = (24, 128)  # at least and at most, the last ones
+PROBE_PASSES = 4  # over the images, at most, that probing may cost beyond the least
 _LEAST, _MOST = 1e-9, 1 - 1e-9
 _GRID = 24  # ranks d'' at which the error of asymmetric 3-D is computed; between them it is interpolated
 
@@ -69,7 +70,9 @@ class Study:
             fit = _Linear(target, starts[name], moments[name], scale, samples[name].responses)
             self.errors[name] = fit.errors()
             probes[target.name], self._probed[target.name] = fit.probes(self.errors[target.name])
-        sub = walker.last(min(PROBE_IMAGES, walker.n_images))
+        least, most = PROBE_IMAGES
+        fair = PROBE_PASSES * walker.n_images // max(1, sum(map(len, probes.values())))
+        sub = walker.last(min(walker.n_images, max(least, min(most, fair))))
         found_errors = sub.output_errors(probes, targets, step)
         self._harm = {name: np.maximum(errors, _LEAST) for name, errors in found_errors.items()}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from caffe_proto.errors import FileError, PlanError, UsageError
 from caffe_proto.graph import Graph
-from caffe_proto.layers.spec import text
+from caffe_proto.layers.spec import Arrays, text
 from caffe_proto.runtime import Engine
 from caffe_proto.shape_inference import infer
 
@@ -69,6 +69,9 @@ class Calibration:
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in images.items()}
         if not arrays or any(len(array) < 1 for array in arrays.values()):
             raise UsageError("there are no images to fit to")
+        if len({len(array) for array in arrays.values()}) > 1:
+            counts = ", ".join(f'{len(array)} images for "{name}"' for name, array in arrays.items())
+            raise UsageError(counts, hint="give as many for every input")
         return cls(arrays, **settings)
 
     def record(self) -> dict[str, Any]:
@@ -86,7 +89,11 @@ class Calibration:
 
     def key(self, found: Found) -> str:
         """What everything sampled depends on: net, weights, images, positions, seed."""
-        return json.dumps([found.model.fingerprint, self.record()])
+        weights = found.model.weights
+        in_file = weights is None or (weights.path is not None and not weights.changed)
+        return json.dumps(
+            [found.model.fingerprint, "" if in_file else _digest(found.blobs.values()), self.record()]
+        )
 
     def check(self, planned: Mapping[str, Any], *, force: bool) -> None:
         """Raise PlanError where a plan was fitted to other data, unless forced."""
@@ -121,7 +128,17 @@ class Calibration:
                     f'the images have shape {text(array.shape[1:])}, input "{name}" takes {text(declared[1:])}'
                 )
         images = {sources[name]: array for name, array in self.images.items()}
-        return Walker(shaped, found.blobs, images, Engine(self.threads), self.positions, self.seed)
+        return Walker(
+            shaped, found.blobs, images, Engine(self.threads), self.positions, self.seed, found.by_image
+        )
+
+
+def _digest(layers: Iterable[Arrays]) -> str:
+    """Hash of weights that are in no file as they are."""
+    digest = hashlib.sha256()
+    for blob in (blob for blobs in layers for blob in blobs):
+        digest.update(str(blob.shape).encode() + np.ascontiguousarray(blob).tobytes())
+    return digest.hexdigest()
 
 
 def keep(batches: Iterable[np.ndarray], stage: Stage) -> np.ndarray | None:

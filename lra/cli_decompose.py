@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from caffe_proto.data.batches import Batches
     from caffe_proto.latency import Subject, Timing
     from caffe_proto.model import Model
+    from caffe_proto.runtime import Engine
 
     from .applier import Report
     from .calibration import Calibration
+    from .latency import Latency
     from .plan import Plan
     from .stage import Stage
     from .targets import Found, Spectra
@@ -59,7 +61,7 @@ def _numbers(value: str | None) -> list[int] | None:
         ) from None
 
 
-def _names(values: Sequence[str]) -> list[str]:
+def layer_names(values: Sequence[str]) -> list[str]:
     """Layer names as given, or from JSON files that hold a list of them."""
     from caffe_proto.errors import PlanError
     from caffe_proto.files import read_text
@@ -152,7 +154,7 @@ def _counted(batches: Batches, step: Callable[[int], None]) -> Iterator[np.ndarr
     "--except", "except_", multiple=True, metavar="NAME|FILE.json", help="Leave this layer alone; repeatable."
 )
 @click.option("--only", multiple=True, metavar="NAME|FILE.json", help="Touch only these layers; repeatable.")
-@click.option("--speedup", type=float, help="MACs before / after.")
+@click.option("--speedup", type=float, help="MACs before / after; with --cost latency time before / after.")
 @click.option("--energy", type=float, help="Energy that every layer keeps, 0 to 1: |W-W'|² <= (1-E)|W|².")
 @click.option("--ranks", metavar="a,b,c", help="One total rank for each eligible layer, in net order.")
 @click.option(
@@ -167,6 +169,24 @@ def _counted(batches: Batches, step: Callable[[int], None]) -> Iterator[np.ndarr
     default="all",
     show_default=True,
     help="What --speedup counts: the whole net, its convolutions, or the layers that may be decomposed.",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["macs", "latency"]),
+    default="macs",
+    show_default=True,
+    help="What --speedup counts: multiplications, or time in onnxruntime with --threads, measured chain by chain in "
+    "the layers' places (once for a machine; what is known is kept in a table).",
+)
+@click.option(
+    "--latency-table",
+    metavar="FILE",
+    help="With --cost latency: the table of measured times; default: one in the user's cache.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    help="Batch of every input, over what the file says: MACs and times are for so many pictures.",
 )
 @click.option(
     "--rank-selection",
@@ -206,6 +226,9 @@ def _counted(batches: Batches, step: Callable[[int], None]) -> Iterator[np.ndarr
     "--refit-kept/--no-refit-kept",
     default=None,
     help="With --images: fit the layers that are left whole too. Default: where auto measures errors.",
+)
+@click.option(
+    "--fold-bn", is_flag=True, help="Fold BatchNorm and Scale layers into the convolutions before them."
 )
 @click.option("--resume", is_flag=True, help="Go on with a fit to --images that was interrupted.")
 @click.option("--force", is_flag=True, help="Apply a plan to other files than it was made for.")
@@ -254,10 +277,14 @@ class _Decompose:
     round_to: int
     even_if_slower: bool
     style: str
+    cost: str
+    latency_table: str | None
+    batch: int | None
     selection: str
     same_ranks: bool
     solver: str
     refit_kept: bool | None
+    fold_bn: bool
     resume: bool
     force: bool
     plan_only: bool
@@ -284,11 +311,13 @@ class _Decompose:
     said: frozenset[str]  # options that stand on the command line
 
     def run(self) -> None:
-        from .applier import apply
+        from .applier import apply, doubts
         from .targets import find
 
         self._check()
         model = console.load_model(self.net, self.weights, self.phase, self.stages, self.level)
+        if self.batch is not None:
+            self.input_shapes = self._batched(model, self.batch)
         found = find(model, self.input_shapes)
         stage = self._stage() if self.images is not None else None
         try:
@@ -296,6 +325,8 @@ class _Decompose:
             plan, spectra = self._planned(model, found, images)
             if self.plan_only:
                 self._print_plan(plan)
+                for doubt in doubts(plan, self._engine()):
+                    click.echo(f"warning: {doubt}", err=True)
                 return
             with console.progress("fitting", self._ticks(plan, images), "images") as step:
                 changed, report = apply(
@@ -307,6 +338,7 @@ class _Decompose:
                     input_shapes=self.input_shapes,
                     found=found,
                     spectra=spectra,
+                    engine=self._engine(),
                 )
         except KeyboardInterrupt:
             if stage is not None and self.prefix is not None:
@@ -322,6 +354,28 @@ class _Decompose:
             stage.finish()
         self._finish(report, files, reference, subjects)
 
+    def _batched(self, model: Model, batch: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of all inputs with another batch."""
+        from caffe_proto.graph import build
+        from caffe_proto.onnx_export import Request, source_shapes
+
+        return source_shapes(build(model.net), Request(batch=batch, input_shapes=self.input_shapes))
+
+    def _engine(self) -> Engine | None:
+        """How the nets shall run, where times matter."""
+        if self.cost == "macs" and self.plan_file is None:
+            return None
+        from caffe_proto.runtime import Engine
+
+        return Engine(self.threads)
+
+    def _latency(self, found: Found) -> Latency | None:
+        if self.cost != "latency":
+            return None
+        from .latency import Latency
+
+        return Latency(found, self._engine(), self.latency_table)
+
     def _stage(self) -> Stage:
         """Where a fit keeps what it can be resumed from: PREFIX.fit, until it is done."""
         from .stage import Stage
@@ -332,6 +386,10 @@ class _Decompose:
         """The plan, and the factorizations it took."""
         from .targets import Spectra
 
+        if self.cost == "latency":
+            spectra = Spectra(found)
+            with console.progress("measuring", None, "steps") as step:
+                return self._plan(model, found, spectra, images, step), spectra
         if images is None:
             with console.progress("factoring", len(found.targets), "layers") as step:
                 spectra = Spectra(found, lambda: step(1))
@@ -363,9 +421,11 @@ class _Decompose:
         if self.prefix is None and not self.plan_only:
             raise UsageError("-o PREFIX is missing", hint="add -o PREFIX, or --plan-only to write nothing")
         if self.speedup is None:
-            self._refuse({"scope", "selection"}, "only goes with --speedup")
+            self._refuse({"scope", "selection", "cost"}, "only goes with --speedup")
         else:
             self._refuse({"even_if_slower"}, "does not go with --speedup, which takes only what is cheaper")
+        if self.cost != "latency":
+            self._refuse({"latency_table"}, "only goes with --cost latency")
         if self.images is None:
             companions = {
                 "root",
@@ -413,7 +473,7 @@ class _Decompose:
             plan = Plan.from_json(read_text(self.plan_file), self.plan_file)
             if all(entry.scheme for entry in plan.layers.values()):
                 decided = {"scheme", "fc", "except_", "only", "round_to", "even_if_slower", "style"}
-                decided |= {"solver", "refit_kept"}
+                decided |= {"solver", "refit_kept", "fold_bn"}
                 self._refuse(decided, "does not go with a plan that says everything")
                 if not plan.target.get("fit"):
                     self._refuse({"images"}, "does not go with a plan that fits nothing to them")
@@ -430,8 +490,8 @@ class _Decompose:
             rank_config=config,
             scope=self.scope,
             fc=self.fc,
-            except_layers=_names(self.except_),
-            only=_names(self.only) if self.only else None,
+            except_layers=layer_names(self.except_),
+            only=layer_names(self.only) if self.only else None,
             round_to=self.round_to,
             style=self.style,
             even_if_slower=self.even_if_slower,
@@ -440,6 +500,9 @@ class _Decompose:
             same_ranks=self.same_ranks,
             solver=self.solver,
             refit_kept=self.refit_kept,
+            fold_bn=self.fold_bn,
+            cost=self.cost,
+            latency=self._latency(found),
             step=step,
             input_shapes=self.input_shapes,
             found=found,
@@ -456,7 +519,8 @@ class _Decompose:
 
     def _inputs(self, *more: str | None) -> list[str | None]:
         """Every file that was given, none of which may be overwritten."""
-        return [self.net, self.weights, self.rank_config, self.compare, *self.except_, *self.only, *more]
+        given = [self.net, self.weights, self.rank_config, self.compare, self.latency_table]
+        return [*given, *self.except_, *self.only, *more]
 
     def _write(self, changed: Model, plan: Plan) -> dict[str, str]:
         names = outputs.names(str(self.prefix), weights=True, onnx=self.onnx)

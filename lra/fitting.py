@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 
 from caffe_proto.errors import UsageError
-from caffe_proto.graph import Graph
+from caffe_proto.graph import Graph, Node
 
 from . import jobs, nonlinear
 from .calibration import Calibration
 from .following import Following
-from .linalg import AffineMap
+from .linalg import RIDGE, AffineMap
 from .plan import Plan
-from .responses import Fitted, Job, Samples, Ticks
+from .responses import Fitted, Job, Samples, Ticks, relative_error
 from .schemes import response
 from .targets import Found, Spectra, Target
 
 Array = np.ndarray
 
 HELD_OUT = 0.1  # of the samples, the last images: they choose the iterate and give the error
+FEW = (1e-4, 1e-2, 1.0)  # ridges tried too where samples are few
 SOLVERS = ("asymmetric", "symmetric", "linear")
 
 
@@ -64,28 +65,38 @@ def fit_layers(
         return calibration.fitted[key]
     walker = calibration.walker(found)
     samples = walker.sample(list(targets.values()), calibration.stage, calibration.key(found), step)
-    work, warnings = [], []
+    work, short = [], []
     for name, target in targets.items():
         count = len(samples[name].responses)
         try:
             work.append(jobs.job(found, spectra, target, plan.layers[name], round(count * (1 - HELD_OUT))))
         except ValueError as error:
             raise UsageError(str(error), path=found.model.net.path, layer=name) from None
-        unknowns = work[-1].free.weight[0].size
-        if count * (1 - HELD_OUT) < unknowns:
-            warnings.append(
-                f'layer "{name}": {count} samples for {unknowns} unknowns an output, the weights decide the rest; '
-                "more --n-images or --positions would help"
-            )
+        if count * (1 - HELD_OUT) < work[-1].free.weight[0].size:
+            short.append(name)
+    warnings: tuple[str, ...] = ()
+    if short:
+        named = ", ".join(short[:3]) + (f" and {len(short) - 3} more" if len(short) > 3 else "")
+        warnings = (
+            f"{named}: fewer samples than unknowns an output, the weights decide the rest; "
+            "more --n-images or --positions would help",
+        )
     solver = str(plan.target.get("solver", SOLVERS[0]))
 
     def solve(*what: Any) -> Fitted:
-        return _solve(*what, linear=solver == "linear")
+        return solve_layer(*what, linear=solver == "linear")
 
     symmetric = solver == "symmetric"
     fitted = walker.fit(work, samples, solve, calibration.stage, key, step, symmetric=symmetric)
-    calibration.fitted[key] = Fits(fitted, tuple(warnings))
+    calibration.fitted[key] = Fits(fitted, warnings)
     return calibration.fitted[key]
+
+
+def output_error(fits: Fits, found: Found, calibration: Calibration) -> float:
+    """``|y' - y|^2 / |y - mean y|^2`` of the outputs over the held-out images, y' of the net with the fitted layers."""
+    some = calibration.walker(found).last(max(1, round(calibration.count * HELD_OUT)))
+    chains = {name: fitted.chain for name, fitted in fits.layers.items()}
+    return relative_error(some.replay(chains, list(found.targets.values())), some.replay({}, ()))
 
 
 def ticks(plan: Plan, calibration: Calibration) -> int:
@@ -112,21 +123,29 @@ def unfit(found: Found, target: Target) -> str | None:
         return f"it cannot be fitted to images: it has {len(node.inputs)} inputs"
     if target.dense and len(found.shaped.tops(target.index)[0]) != 2:
         return "it cannot be fitted to images: it works at several places of each image"
-    if target.shared and sum(other.shared == target.shared for other in found.targets.values()) > 1:
-        return f'it cannot be fitted to images: it shares its weight "{target.shared}"'
+    shared = _shared(graph, node)
+    if shared is not None:
+        return f"it cannot be fitted to images: it shares its {shared}"
     blocker = _blocker(found, graph, target)
     if blocker is not None:
-        return f'it cannot be fitted to images: layer "{blocker}" before it cannot be run'
+        return f'it cannot be fitted to images: layer "{blocker}" before it cannot be run image by image'
+    return None
+
+
+def _shared(graph: Graph, node: Node) -> str | None:
+    """What of a layer other layers learn too, by its name."""
+    others = {spec.name for other in graph.nodes if other is not node for spec in other.layer.param_specs}
+    for what, spec in zip(("weight", "bias"), node.layer.param_specs, strict=False):
+        if spec.name and spec.name in others:
+            return f'{what} "{spec.name}"'
     return None
 
 
 def _blocker(found: Found, graph: Graph, target: Target) -> str | None:
-    """The first layer in front of this one that cannot be run."""
+    """The first layer in front of this one that cannot be run image by image."""
     for index in sorted(graph.needed(graph.nodes[target.index].inputs)):
-        node = graph.nodes[index]
-        runs = node.spec is not None and (node.spec.source or node.spec.onnx is not None)
-        if node.problem is not None or not runs or index in found.shaped.unknown:
-            return f"{node.name} ({node.layer.type})"
+        if index not in found.by_image:
+            return f"{graph.nodes[index].name} ({graph.nodes[index].layer.type})"
     return None
 
 
@@ -143,10 +162,20 @@ def sample_spectra(
         spectra.put(target, response.RESPONSE, response.ResponseSpectrum(weight, target.geometry, responses))
 
 
-def _solve(
-    features: Array, job: Job, behind: Following, samples: Samples, shortcut: Array | None, *, linear: bool
+def solve_layer(
+    features: Array,
+    job: Job,
+    behind: Following,
+    samples: Samples,
+    shortcut: Array | None,
+    *,
+    linear: bool = False,
 ) -> Fitted:
-    """Fit the free step of a chain, group by group, to ``act(scale*y + shift + shortcut)`` of the original."""
+    """Fit the free step of a chain, group by group, to ``act(scale*y + shift + shortcut)`` of the original.
+
+    Where samples are few the strength of the ridge is chosen by those held out. A layer that is left whole keeps
+    its numbers where they do better on those.
+    """
     free = job.free
     scale = np.where(
         behind.scale == 0, 1.0, behind.scale
@@ -155,24 +184,64 @@ def _solve(
     if samples.shortcut is not None:
         target += samples.shortcut
     fits: list[nonlinear.Fit] = []
+    judged = len(features) >= 2 / HELD_OUT
     rows_of = np.split(np.arange(free.shape[0]), free.group)
     for taken, rows in zip(np.split(features, free.group, axis=1), rows_of, strict=True):
         options: Any = _activation(behind, rows) | ({"schedule": ()} if linear else {})
-        fit = nonlinear.fit_features(
-            taken.reshape(len(taken), -1),
-            target[:, rows],
-            None if job.rank is None else job.rank // free.group,
-            prior=(free.weight[rows] * behind.scale[rows, None, None, None]).reshape(len(rows), -1),
-            shortcut=None if shortcut is None else shortcut[:, rows],
-            holdout=HELD_OUT if len(taken) >= 2 / HELD_OUT else None,
-            **options,
-        )
-        fits.append(fit)
+        flat = taken.reshape(len(taken), -1)
+        few = judged and len(flat) * (1 - HELD_OUT) < jobs.ENOUGH * flat.shape[1]
+        tried = [
+            nonlinear.fit_features(
+                flat,
+                target[:, rows],
+                None if job.rank is None else job.rank // free.group,
+                prior=(free.weight[rows] * behind.scale[rows, None, None, None]).reshape(len(rows), -1),
+                shortcut=None if shortcut is None else shortcut[:, rows],
+                holdout=HELD_OUT if judged else None,
+                ridge=ridge,
+                **options,
+            )
+            for ridge in (RIDGE, *(FEW if few else ()))
+        ]
+        fits.append(min(tried, key=lambda fit: fit.loss))
     total = sum(fit.total for fit in fits)
     error = float(np.sqrt(sum(fit.loss * fit.total for fit in fits) / (total or 1.0)))
     bias = (np.concatenate([fit.b for fit in fits]) - behind.shift) / scale
     P = np.concatenate([fit.P for fit in fits]) / scale[:, None]
-    return Fitted(job.build(AffineMap(P, np.concatenate([fit.Q for fit in fits]), bias)), error)
+    mapping = AffineMap(P, np.concatenate([fit.Q for fit in fits]), bias)
+    if job.own is not None and judged:
+        own = _own(job)
+        own_error = _held_out_error(own, features, job, behind, target, shortcut)
+        mapping, error = (own, own_error) if own_error <= error else (mapping, error)
+    return Fitted(job.build(mapping), error if judged else None)
+
+
+def _own(job: Job) -> AffineMap:
+    """The map that leaves a whole layer as it is."""
+    assert job.own is not None
+    parts = np.split(job.free.weight, job.free.group)
+    Q = np.concatenate([part.reshape(len(part), -1).T for part in parts])
+    return AffineMap(np.concatenate([np.eye(len(part)) for part in parts]), Q, job.own)
+
+
+def _held_out_error(
+    mapping: AffineMap, features: Array, job: Job, behind: Following, target: Array, shortcut: Array | None
+) -> float:
+    """Relative error of a map on the samples held out, as `nonlinear.fit_features` gives it."""
+    held = slice(len(features) - round(HELD_OUT * len(features)), None)
+    group = job.free.group
+    blocks = [np.split(part, group) for part in (mapping.P, mapping.Q)]
+    seen = np.split(features[held], group, axis=1)
+    made = [taken.reshape(len(taken), -1) @ Q @ P.T for taken, P, Q in zip(seen, *blocks, strict=True)]
+    predicted = (np.concatenate(made, axis=1) + mapping.b) * behind.scale + behind.shift
+    if shortcut is not None:
+        predicted += shortcut[held]
+    wanted = _activated(target[held], behind)
+    return float(np.linalg.norm(_activated(predicted, behind) - wanted) / (np.linalg.norm(wanted) or 1.0))
+
+
+def _activated(values: Array, behind: Following) -> Array:
+    return values if behind.slope is None else np.where(values > 0, values, values * behind.slope)
 
 
 def _activation(behind: Following, rows: Array) -> dict[str, Any]:

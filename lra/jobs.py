@@ -28,7 +28,7 @@ ENOUGH = 4  # samples a variable; with fewer, the free step has too many
 def job(found: Found, spectra: Spectra, target: Target, entry: LayerPlan, samples: int) -> Job:
     """The job of one layer of a plan, for so many samples. Raises ValueError on impossible ranks."""
     if entry.scheme == REFIT:
-        return _refit(target, _kernel(found, target), samples)
+        return _refit(target, found, samples)
     if entry.scheme == response.RESPONSE.name:
         return response_job(target, found, entry.ranks[0])
     if entry.scheme == asymmetric3d.ASYMMETRIC_3D.name:
@@ -70,17 +70,13 @@ def _kernel(found: Found, target: Target) -> Array:
     return np.asarray(target.kernel(found.blobs[target.index][0]), np.float64)
 
 
-def _refit(target: Target, weight: Array, samples: int) -> Job:
-    whole = _whole(target, weight, "")
+def _refit(target: Target, found: Found, samples: int) -> Job:
+    weight, *biases = found.blobs[target.index]
+    own = np.asarray(biases[0], np.float64).reshape(-1) if biases else np.zeros(target.shape[0])
+    whole = _whole(target, np.asarray(target.kernel(weight), np.float64), "")
     if _enough(whole, samples):
-        return Job(target, (), whole, None, lambda mapping: _with((whole,), mapping))
-    return Job(
-        target,
-        (whole,),
-        _identity(target),
-        None,
-        lambda mapping: _mapped((whole,), mapping),
-    )
+        return Job(target, (), whole, None, lambda mapping: _with((whole,), mapping), own)
+    return Job(target, (whole,), _identity(target), None, lambda mapping: _mapped((whole,), mapping), own)
 
 
 def _asymmetric(spectra: Spectra, target: Target, ranks: Sequence[int], samples: int) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,12 @@ def options(
     return singles(target, scheme, round_to, losses)
 
 
+def retained(target: Target, scheme: Scheme, spectra: Spectra, ranks: tuple[int, ...]) -> float:
+    """Energy that a scheme retains of a layer at its ranks: of several splits the product."""
+    parts = (spatial.SPATIAL, response.RESPONSE) if scheme is asymmetric3d.ASYMMETRIC_3D else (scheme,)
+    return prod(spectra.get(target, part).retained(rank) for part, rank in zip(parts, ranks, strict=True))
+
+
 def singles(target: Target, scheme: Scheme, round_to: int, losses: Array) -> list[Option]:
     """The options of a scheme of one rank; ``losses`` at 1, 2, ... components a group."""
     group, made = target.geometry.group, []
@@ -47,7 +54,7 @@ def pairs(
     """Options of asymmetric 3-D that no other beats in both cost and loss.
 
     ``loss``: components a group of V and of H', arrays that broadcast -> losses; one of the last full rank is
-    that of H and P in one, which keeps all of H.
+    that of H and P in one, which keeps all of H; where it is infinite the pair is not to be had.
     """
     shape, group = target.shape, target.geometry.group
     inner, outer = (
@@ -56,31 +63,32 @@ def pairs(
     )
     if same:
         inner = outer = inner[np.isin(inner, outer)]
-    if not inner.size or not outer.size:
+    if not inner.size:
         return []
     v, h, p = unit_costs(target)
     first, second = (inner, outer) if same else (inner[:, None], outer[None])
     split = first * v + first * second * h + second * p
-    cost = np.concatenate([split.ravel(), inner * v + inner * shape[0] * h])
-    full = np.full(len(inner), shape[0] // group)
-    found = np.concatenate([loss(first // group, second // group).ravel(), loss(inner // group, full)])
+    split = np.where(split < first * v + first * shape[0] * h, split, np.inf)  # else H and P are one
+    if same:
+        merged = inner[[asymmetric3d.merges(shape, group, (int(rank), int(rank))) for rank in inner]]
+    else:
+        merged = inner
+    cost = np.concatenate([split.ravel(), merged * v + merged * shape[0] * h])
+    full = np.full(len(merged), shape[0] // group)
+    found = np.concatenate([loss(first // group, second // group).ravel(), loss(merged // group, full)])
     ranks = np.concatenate(
         [
             np.stack(np.broadcast_arrays(first, second), -1).reshape(-1, 2),
-            np.stack([inner, inner if same else np.full_like(inner, shape[0])], -1),
+            np.stack([merged, merged if same else np.full_like(merged, shape[0])], -1),
         ]
     )
     order = np.lexsort((found, cost))
-    order = order[cost[order] < target.macs]
+    order = order[(cost[order] < target.macs) & np.isfinite(found[order])]
     best = np.minimum.accumulate(found[order])
     order = order[np.concatenate([[True], best[1:] < best[:-1]])] if order.size else order
     name = asymmetric3d.ASYMMETRIC_3D.name
     return [
-        Option(
-            float(target.chain_cost(asymmetric3d.ASYMMETRIC_3D, int(a), int(b))),
-            float(found[i]),
-            (name, (int(a), int(b))),
-        )
+        Option(float(round(cost[i])), float(found[i]), (name, (int(a), int(b))))
         for i, (a, b) in zip(order, ranks[order], strict=True)
     ]
 

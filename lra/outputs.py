@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from caffe_proto.shape_inference import InputShapes
 
     from .applier import Report
-    from .plan import Plan
+
+
+class PlanText(Protocol):
+    """A plan of any kind."""
+
+    def to_json(self) -> str:
+        """The file's text."""
+        ...
 
 
 def names(prefix: str, *, weights: bool, onnx: bool) -> dict[str, str]:
@@ -29,7 +36,7 @@ def names(prefix: str, *, weights: bool, onnx: bool) -> dict[str, str]:
 def write(
     targets: dict[str, str],
     model: Model,
-    plan: Plan,
+    plan: PlanText,
     inputs: Sequence[str | None],
     plan_file: str | None,
     shapes: InputShapes,
@@ -57,13 +64,20 @@ def _ratio(pair: tuple[float, float]) -> float:
     return pair[0] / pair[1] if pair[1] else 1.0
 
 
+def _time_line(what: str, pair: tuple[float, float]) -> str:
+    return f"{what:20}{pair[0]:>14.3f} ms -> {pair[1]:>12.3f} ms  {_ratio(pair):.3f}x"
+
+
 def document(
     report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]
 ) -> dict[str, Any]:
     """The report as one JSON document."""
     speedup: dict[str, Any] = {"macs": _ratio(report.macs), "conv_macs": _ratio(report.conv_macs)}
+    if report.predicted is not None:
+        speedup["latency_predicted"] = _ratio(report.predicted.ms)
     if times:
         speedup["latency"] = times[0].median / times[1].median
+        speedup["efficiency"] = speedup["latency"] / speedup["macs"]
     layers = [
         {
             "name": row.name,
@@ -74,6 +88,7 @@ def document(
             "error": row.error,
             "error_of": row.error_of,
         }
+        | ({"ms": list(row.ms)} if row.ms is not None else {})
         for row in report.rows
     ]
     made: dict[str, Any] = {
@@ -85,6 +100,8 @@ def document(
     made |= {"layers": layers, "kept": report.kept, "files": files, "warnings": list(report.warnings)}
     if apart:
         made["outputs_apart"] = apart
+    if report.predicted is not None:
+        made["predicted"] = report.predicted.to_dict()
     if times:
         made["latency_ms"] = [times[0].median, times[1].median]
     return made
@@ -92,17 +109,24 @@ def document(
 
 def show(report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]) -> None:
     """Print the report: a row a layer, what was kept and why, totals, and what was written."""
+    timed = report.predicted is not None
     rows = [
         [
             row.name,
             row.scheme,
             "+".join(map(str, row.ranks)) + (f"/{row.full_rank}" if row.full_rank else "") or "-",
             *((f"{row.macs[0]:,}", f"{row.macs[1]:,}", f"{_ratio(row.macs):.2f}x") if row.macs else "---"),
+            *(
+                (f"{row.ms[0]:.3f}", f"{row.ms[1]:.3f}", f"{_ratio(row.ms):.2f}x")
+                if row.ms
+                else "---" * timed
+            ),
             "-" if row.error is None else f"{row.error:.4f}" + ("r" if row.error_of == "responses" else ""),
         ]
         for row in report.rows
     ]
-    console.table(["layer", "scheme", "rank", "MACs before", "after", "ratio", "error"], rows)
+    columns = ["layer", "scheme", "rank", "MACs before", "after", "ratio"]
+    console.table([*columns, *(["ms before", "after", "ratio"] if timed else []), "error"], rows)
     if any(row.error is not None and row.error_of == "weights" for row in report.rows):
         click.echo("error: ||W - W'|| / ||W|| of the layer's weights")
     if any(row.error_of == "responses" for row in report.rows):
@@ -128,8 +152,13 @@ def show(report: Report, files: dict[str, str], apart: dict[str, float], times: 
             click.echo(f"{what:20}{pair[0]:>17,} -> {pair[1]:>15,}  {_ratio(pair):.3f}x")
     for name, value in apart.items():
         click.echo(f"output {name}: ||y' - y|| / ||y|| = {value:.4g}")
-    if times:
+    if report.predicted is not None:
+        click.echo(_time_line("time, predicted", report.predicted.ms))
         click.echo(
-            f"time, median        {times[0].median:>14.3f} ms -> {times[1].median:>12.3f} ms  {_ratio((times[0].median, times[1].median)):.3f}x"
+            f"gap: the loss is at most {report.predicted.gap:.3g} above that of any choice in this time"
         )
+    if times:
+        medians = times[0].median, times[1].median
+        share = _ratio(medians) / _ratio(report.macs)
+        click.echo(f"{_time_line('time, median', medians)}, {share:.0%} of what the MACs say")
     click.echo("wrote " + ", ".join(files.values()))

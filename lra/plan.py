@@ -19,6 +19,7 @@ REFIT = "refit"  # the scheme of a layer that keeps its shape and gets other num
 class LayerPlan:
     """Scheme and ranks of one layer, with the MACs before and after and the error that were predicted.
 
+    ``ms``: milliseconds before and after, in a plan by measured time.
     ``scheme`` is "" in the short form ``{"conv3": 150}``, which says only the rank; "refit", without ranks, says
     that the layer stays whole and is fitted to responses.
     """
@@ -27,6 +28,7 @@ class LayerPlan:
     ranks: tuple[int, ...]
     macs: tuple[int, int] | None = None
     error: float | None = None
+    ms: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -35,6 +37,8 @@ class LayerPlan:
             found["macs"] = list(self.macs)
         if self.error is not None:
             found["error"] = self.error
+        if self.ms is not None:
+            found["ms"] = list(self.ms)
         return found
 
     @classmethod
@@ -48,7 +52,7 @@ class LayerPlan:
                 layer=name,
                 hint='write "conv1": 24 or {"scheme": "spatial", "rank": 24}',
             )
-        known = {"scheme", "rank", "ranks", "macs", "error"}
+        known = {"scheme", "rank", "ranks", "macs", "error", "ms"}
         for key in value:
             if key not in known:
                 raise PlanError(f'unknown key "{key}"', layer=name, hint="known: " + ", ".join(sorted(known)))
@@ -68,15 +72,61 @@ class LayerPlan:
             raise PlanError(f'"macs" is {macs!r}, two whole numbers are needed', layer=name)
         if error is not None and not isinstance(error, int | float):
             raise PlanError(f'"error" is {error!r}, a number is needed', layer=name)
-        return cls(scheme, tuple(ranks), (macs[0], macs[1]) if macs else None, error)
+        ms = _two_numbers(value["ms"], name) if "ms" in value else None
+        return cls(scheme, tuple(ranks), (macs[0], macs[1]) if macs else None, error, ms)
 
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _two_numbers(value: Any, layer: str | None = None) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
+        raise PlanError(f"{value!r} are no milliseconds before and after", layer=layer)
+    return float(value[0]), float(value[1])
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a plan by measured time expects of the whole net.
+
+    ``ms``: milliseconds before and after; ``gap``: loss beyond the bound that no plan of these times can go below;
+    ``noise``: relative standard error of the times; ``measured_on``: processor, onnxruntime, threads, provider.
+    """
+
+    ms: tuple[float, float]
+    gap: float
+    noise: float
+    measured_on: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a plan's target."""
+        return {
+            "cost": "latency",
+            "predicted_ms": list(self.ms),
+            "gap": self.gap,
+            "noise": self.noise,
+            "measured_on": dict(self.measured_on),
+        }
+
+
 class Plan(BasePlan[LayerPlan]):
     """Ranks by layer name, in net order; see ``caffe_proto.plan``."""
+
+    @property
+    def predicted(self) -> Predicted | None:
+        """What a plan by measured time expects, None for other plans. Raises PlanError where it is not complete."""
+        if self.target.get("cost") != "latency":
+            return None
+        where: Any = self.target.get("measured_on")
+        gap, noise = (self.target.get(key, -1) for key in ("gap", "noise"))
+        if not _is_number(gap) or not _is_number(noise) or not isinstance(where, Mapping):
+            raise PlanError('"gap", "noise" or "measured_on" of a plan by measured time is missing or wrong')
+        return Predicted(_two_numbers(self.target.get("predicted_ms")), float(gap), float(noise), where)
 
     @classmethod
     def from_json(cls, source: str, path: object = None) -> Plan:

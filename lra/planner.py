@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import floor, log10, prod
+from math import floor, fsum, inf, log10
 from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from caffe_proto.costs import cost as count
 from caffe_proto.errors import PlanError, UsageError
@@ -16,8 +18,8 @@ from caffe_proto.shape_inference import InputShapes
 
 from . import ranks as policy
 from . import selection
-from .options import options
-from .plan import REFIT, LayerPlan, Plan
+from .options import options, retained
+from .plan import REFIT, LayerPlan, Plan, Predicted
 from .ranks import Infeasible, Option
 from .schemes import ALL_SCHEMES, Scheme
 from .schemes.asymmetric3d import ASYMMETRIC_3D
@@ -27,12 +29,18 @@ from .styles import STYLES
 from .targets import Found, Spectra, Target, find
 
 if TYPE_CHECKING:
+    from caffe_proto.runtime import Engine
+
     from .auto import Study
+    from .calibration import Calibration
+    from .latency import Latency
+    from .latency_plan import Prices
 
 AUTO = ("pca", "spatial")
 NEED_IMAGES = ("response", "asymmetric-3d")
 SCOPES = ("all", "conv", "eligible")
 SELECTIONS = ("exact", "paper", "uniform")
+COSTS = ("macs", "latency")
 EXCEPTED = "excepted"
 RankConfig = Mapping[str, Any]
 Ticks = Callable[[int], None]
@@ -98,6 +106,10 @@ def make_plan(
     same_ranks: bool = False,
     solver: str = "asymmetric",
     refit_kept: bool | None = None,
+    fold_bn: bool = False,
+    cost: str = "macs",
+    engine: Engine | None = None,
+    latency: Latency | None = None,
     step: Ticks = lambda _images: None,
     input_shapes: InputShapes | None = None,
     found: Found | None = None,
@@ -121,11 +133,17 @@ def make_plan(
     chains are fitted to responses by ``solver``, one of `fitting.SOLVERS`. With "auto" and a ``speedup``
     schemes and ranks are chosen by measured errors, see `lra.auto`; else energies are those of the weights, or
     for response schemes of the responses. ``refit_kept``: layers left whole are fitted too; None: where schemes
-    are chosen by measured errors. ``step`` is told of images done.
+    are chosen by measured errors. ``fold_bn``: BatchNorm and Scale layers are folded into the convolutions before
+    them in the end. ``step`` is told of images done.
+
+    ``cost``, of a ``speedup``: "macs", or "latency": the time of the whole net (with ``scope="eligible"`` of the
+    layers that may be decomposed), before / after, from measured times of chains in their places, see
+    `lra.latency`. ``latency``: they are, for this net and these shapes; by default the table in the user's cache,
+    for the ``engine`` that the net shall run with. What they lack is measured, and counted to ``step`` as well.
 
     Raises UsageError, PlanError or WeightsError, each naming layer and figure.
     """
-    _check_request(scheme, style, scope, round_to, selection, speedup, energy, ranks, rank_config)
+    _check_request(scheme, style, scope, round_to, selection, cost, speedup, energy, ranks, rank_config)
     if scheme in NEED_IMAGES and images is None:
         raise UsageError(f"the {scheme} scheme fits responses", hint="give images (--images)")
     if images is not None and (model.weights is None or scheme == "kmeans"):
@@ -154,6 +172,9 @@ def make_plan(
     target: dict[str, Any]
     if speedup is not None:
         target = {"speedup": speedup, "scope": scope}
+        if cost == "latency":
+            targets = job.counted(targets, scope)
+            job.price_in_time(engine, latency)
         if calibration is not None and scheme == "auto" and selection == "exact":
             from .auto import Study
 
@@ -163,8 +184,12 @@ def make_plan(
         from .fitting import sample_spectra
 
         sample_spectra(found, spectra, targets, calibration, step)
+    if job.prices is not None:
+        job.prices.measure(targets, job.all_schemes(targets), lambda: step(1))
     if speedup is not None:
         layers = job.by_speedup(targets, speedup, scope)
+        if job.study is not None and calibration is not None:
+            layers = _best(job, layers, targets, speedup, scope, refit_kept is not False, calibration, step)
     elif energy is not None:
         layers, target = job.by_energy(targets, energy), {"energy": energy}
     elif ranks is not None:
@@ -174,11 +199,16 @@ def make_plan(
     if calibration is not None:
         chosen |= {"fit": calibration.record()} | ({"solver": solver} if solver != "asymmetric" else {})
         if refit_kept or (refit_kept is None and job.study is not None):
-            layers |= _refitted(found, layers, kept)
+            layers = _refitted(found, layers, kept)
+            kept = {name: reason for name, reason in kept.items() if name not in layers}
+    if job.predicted is not None:
+        chosen |= job.predicted.to_dict()
     if selection != "exact":
         chosen["selection"] = selection
     if round_to > 1:
         chosen["round_to"] = round_to
+    if fold_bn:
+        chosen["fold_bn"] = True
     order = [name for name in found.targets if name in layers]
     net, weights = model.fingerprint
     return Plan({name: layers[name] for name in order}, kept, target | chosen, net, weights)
@@ -193,17 +223,45 @@ def _fittable(found: Found, targets: list[Target], kept: dict[str, str]) -> list
     return [target for target in targets if reasons[target.name] is None]
 
 
-def _refitted(found: Found, layers: Mapping[str, LayerPlan], kept: dict[str, str]) -> dict[str, LayerPlan]:
-    """The layers left whole that can be fitted; what was noted of them goes."""
+def _refitted(found: Found, layers: Mapping[str, LayerPlan], kept: Mapping[str, str]) -> dict[str, LayerPlan]:
+    """The layers planned, and those left whole that can be fitted."""
     from .fitting import unfit
 
-    made = {}
+    made = dict(layers)
     for name, target in found.targets.items():
         if name not in layers and kept.get(name) != EXCEPTED and unfit(found, target) is None:
             macs = (target.macs, target.macs) if target.in_hw is not None else None
             made[name] = LayerPlan(REFIT, (), macs)
-            kept.pop(name, None)
     return made
+
+
+def _best(
+    job: _Job,
+    measured: dict[str, LayerPlan],
+    targets: list[Target],
+    speedup: float,
+    scope: str,
+    refit: bool,
+    calibration: Calibration,
+    step: Ticks,
+) -> dict[str, LayerPlan]:
+    """The better of two choices, by the held-out error of the outputs: by measured errors, by energies of weights."""
+    from .fitting import fit_layers, output_error
+
+    found = job.found
+    by_energy = replace(job, study=None, kept={})
+    choices = [(job, measured), (by_energy, by_energy.by_speedup(targets, speedup, scope))]
+    errors = []
+    for one, layers in choices:
+        whole = _refitted(found, layers, one.kept) if refit else layers
+        fits = fit_layers(Plan(whole), found, job.spectra, calibration, step)
+        errors.append(output_error(fits, found, calibration))
+    chosen, layers = choices[int(errors[1] < errors[0])]
+    job.study, job.predicted = chosen.study, chosen.predicted
+    job.kept.update(chosen.kept)
+    for name in layers:
+        job.kept.pop(name, None)
+    return layers
 
 
 def _why(kept: Mapping[str, str]) -> str | None:
@@ -211,7 +269,7 @@ def _why(kept: Mapping[str, str]) -> str | None:
 
 
 def _check_request(
-    scheme: str, style: str, scope: str, round_to: int, selection: str,
+    scheme: str, style: str, scope: str, round_to: int, selection: str, cost: str,
     speedup: float | None, energy: float | None, ranks: object, rank_config: object,
 ) -> None:  # fmt: skip
     for value, known, what in (
@@ -219,6 +277,7 @@ def _check_request(
         (style, STYLES, "style"),
         (scope, SCOPES, "scope"),
         (selection, SELECTIONS, "selection of ranks"),
+        (cost, COSTS, "cost"),
     ):
         if value not in known:
             raise UsageError(f'there is no {what} "{value}"', hint="known: " + ", ".join(known))
@@ -238,6 +297,11 @@ def _check_request(
             f'ranks by "{selection}" need a named scheme and a speed-up, and cannot be rounded',
             hint="add --scheme and --speedup, leave out --round-to",
         )
+    if cost == "latency" and (speedup is None or selection != "exact" or scope == "conv"):
+        raise UsageError(
+            "measured time is the cost of a speed-up of the whole net or of the layers that may be decomposed",
+            hint="add --speedup, leave out --rank-selection and --scope conv",
+        )
 
 
 @dataclass
@@ -253,6 +317,8 @@ class _Job:
     selection: str
     same_ranks: bool
     study: Study | None = None
+    prices: Prices | None = None
+    predicted: Predicted | None = None
 
     def wanted(self, config: RankConfig | None) -> set[str]:
         """The names of the schemes that a plan may hold."""
@@ -261,10 +327,27 @@ class _Job:
 
     def schemes(self, target: Target) -> list[Scheme]:
         """The schemes to consider for a layer: a 1 x 1 kernel has nothing to separate."""
-        names = AUTO if self.scheme == "auto" else (self.scheme,)
+        names: tuple[str, ...] = AUTO if self.scheme == "auto" else (self.scheme,)
+        if self.study is not None:
+            names = (RESPONSE.name, SPATIAL.name, ASYMMETRIC_3D.name)
         if target.shape[2:] == (1, 1) and self.scheme == "auto":
-            names = ("pca",)
+            names = names[:1]
         return [ALL_SCHEMES[name] for name in names]
+
+    def all_schemes(self, targets: list[Target]) -> dict[str, list[Scheme]]:
+        """By layer the schemes that any way to choose considers, see `_best`."""
+        both = (self, replace(self, study=None))
+        return {
+            target.name: list(dict.fromkeys(s for one in both for s in one.schemes(target)))
+            for target in targets
+        }
+
+    def price_in_time(self, engine: Engine | None, latency: Latency | None) -> None:
+        """Costs are measured times from here on."""
+        from .latency import Latency  # brings onnxruntime
+        from .latency_plan import Prices
+
+        self.prices = Prices(latency or Latency(self.found, engine), self.round_to, self.same_ranks)
 
     def counted(self, targets: list[Target], scope: str) -> list[Target]:
         """The targets that a speed-up of this scope may touch."""
@@ -278,11 +361,7 @@ class _Job:
 
     def by_speedup(self, targets: list[Target], speedup: float, scope: str) -> dict[str, LayerPlan]:
         targets = self.counted(targets, scope)
-        cost = count(self.found.shaped)
-        eligible = sum(target.macs for target in targets)
-        total = {"all": cost.macs, "conv": cost.conv_macs, "eligible": eligible}[scope]
-        if not total:
-            raise self._uncounted()
+        total, eligible = self._totals(targets, scope)
         fixed, budget = total - eligible, float(Fraction(total) / Fraction(speedup))
         try:
             if self.selection != "exact":
@@ -292,16 +371,39 @@ class _Job:
             chosen = policy.allocate(options, budget - fixed)
         except Infeasible as error:
             smallest = error.smallest + (fixed if self.selection == "exact" else 0)
-            most = _below(total / smallest)
             where = {"all": "whole net", "conv": "convolutions", "eligible": "layers to decompose"}[scope]
+            how, what = ("the smallest ranks", "MACs") if self.prices is None else ("best", "time")
             raise UsageError(
-                f"a speed-up of {speedup:g} of the {where} cannot be reached: at the smallest ranks it is {most:.3g}",
-                hint=f"the layers to decompose hold {eligible / cost.macs:.0%} of the MACs; "
+                f"a speed-up of {speedup:g} of the {where} cannot be reached: at {how} it is {_below(total / smallest):.3g}",
+                hint=f"the layers to decompose hold {eligible / self._totals(targets, 'all')[0]:.0%} of the {what}; "
                 "ask for less, or allow more layers (--fc, fewer --except)",
             ) from None
-        return self._planned(
-            [(target, option) for group, option in zip(tied, chosen, strict=True) for target in group]
-        )
+        pairs = [(target, option) for group, option in zip(tied, chosen, strict=True) for target in group]
+        if self.prices is not None:
+            gap = fsum(one.loss for one in chosen) - policy.lower_bound(options, budget - fixed)
+            costs = {target.name: self._seconds(target, option) for target, option in pairs}
+            self.predicted = self.prices.predicted(costs, targets, gap)
+        return self._planned(pairs)
+
+    def _totals(self, targets: list[Target], scope: str) -> tuple[float, float]:
+        """The cost that a speed-up counts, and what the targets have of it."""
+        if self.prices is not None:
+            dense = fsum(map(self.prices.dense, targets))
+            return (dense if scope == "eligible" else self.prices.latency.net), dense
+        cost = count(self.found.shaped)
+        eligible = sum(target.macs for target in targets)
+        total = {"all": cost.macs, "conv": cost.conv_macs, "eligible": eligible}[scope]
+        if not total:
+            raise self._uncounted()
+        return total, eligible
+
+    def _seconds(self, target: Target, option: Option) -> float:
+        """Measured time of a layer treated so."""
+        assert self.prices is not None
+        if option.key is None:
+            return self.prices.dense(target)
+        name, ranks = cast(tuple[str, tuple[int, ...]], option.key)
+        return self.prices.seconds(target, ALL_SCHEMES[name], ranks)
 
     def _by_rule(
         self, targets: list[Target], speedup: float, fixed: float, budget: float
@@ -334,12 +436,22 @@ class _Job:
 
     def options(self, target: Target) -> list[Option]:
         """Every way to treat a layer that is cheaper than leaving it alone, and leaving it alone."""
+        if self.prices is not None:
+            return self.prices.options(target, self.schemes(target), self._loss)
         if self.study is not None:
             return self.study.options(target, self.round_to)
         made = [Option(float(target.macs), 0.0, None)]
         for scheme in self.schemes(target):
             made += options(target, scheme, self.spectra, self.round_to, self.same_ranks)
         return made
+
+    def _loss(self, target: Target, scheme: Scheme, ranks: tuple[int, ...]) -> float:
+        """What a choice by time minimises the sum of: -log of the energy retained; of a study, its measure."""
+        if self.study is None:
+            return float(policy.loss(retained(target, scheme, self.spectra, ranks)))
+        if scheme is ASYMMETRIC_3D and ranks[1] == target.shape[0]:
+            return inf  # that is the spatial scheme
+        return float(self.study.loss(target, np.array(self.study.error(target, scheme.name, ranks))))
 
     def _planned(self, chosen: list[tuple[Target, Option]]) -> dict[str, LayerPlan]:
         layers: dict[str, LayerPlan] = {}
@@ -349,12 +461,17 @@ class _Job:
             else:
                 name, ranks = cast(tuple[str, tuple[int, ...]], option.key)
                 layers[target.name] = self.entry(target, ALL_SCHEMES[name], ranks)
+                if self.prices is not None:
+                    ms = self.prices.milliseconds(target, self._seconds(target, option))
+                    layers[target.name] = replace(layers[target.name], ms=ms)
         return layers
 
     def _never_cheaper(self, target: Target) -> str | None:
         """The reason where no rank that is allowed makes a layer cheaper, else None."""
         if len(self.options(target)) > 1:
             return None
+        if self.prices is not None:
+            return self.prices.none_faster(target)
         multiple = f" that is a multiple of {self.round_to}" if self.round_to > 1 else ""
         return f"no rank{multiple} makes it cheaper"
 
@@ -466,11 +583,7 @@ class _Job:
         if self.study is not None:
             squared = self.study.error(target, scheme.name, ranks)
         else:
-            parts = (SPATIAL, RESPONSE) if scheme is ASYMMETRIC_3D else (scheme,)
-            kept = [
-                self.spectra.get(target, part).retained(rank) for part, rank in zip(parts, ranks, strict=True)
-            ]
-            squared = max(0.0, 1 - prod(kept))
+            squared = max(0.0, 1 - retained(target, scheme, self.spectra, ranks))
         return float(f"{squared**0.5:.6g}")
 
 

@@ -8,7 +8,7 @@ those before it broke.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -36,6 +36,9 @@ from .walk import Chain, Places, Stack, Store, Window, advance, batches, patches
 Array = np.ndarray
 
 _NOTE_EVERY = 30.0  # seconds
+_LARGEST = (
+    2**26
+)  # bytes of the largest map of a batch; larger ones cost time, in memory that is new each time
 
 Ticks = Callable[[int], None]
 
@@ -47,7 +50,8 @@ class Job:
     ``first``: the steps of its chain that stay as they are, run over the approximated net's input. ``free``: the
     step that is fitted behind them, whose weights the ridge draws to. ``rank``: of the map fitted, over all
     groups; None for a full one. ``build`` turns the map of what ``free`` sees, ``(c, kh * kw)`` with c slowest,
-    to the layer's responses into the chain.
+    to the layer's responses into the chain. ``own``: the bias of a layer that is left whole, where ``free`` alone
+    gives its responses without one.
     """
 
     target: Target
@@ -55,6 +59,7 @@ class Job:
     free: Step
     rank: int | None
     build: Callable[[AffineMap], Decomposition]
+    own: Array | None = None
 
     @cached_property
     def window(self) -> Window:
@@ -87,10 +92,13 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A fitted chain and its relative error on held-out responses, after activation and shortcut."""
+    """A fitted chain and its relative error on held-out responses, after activation and shortcut.
+
+    The error is None where there were too few samples to hold any out.
+    """
 
     chain: Decomposition
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +118,7 @@ class Walker:
     """The two nets over one set of images.
 
     ``images``: source blob value -> (N, ...) as the net wants them. ``positions``: sampled places of an image.
+    ``by_image``: the nodes that can be run and treat every image by itself.
     """
 
     shaped: Shaped
@@ -118,10 +127,13 @@ class Walker:
     engine: Engine
     positions: int
     seed: int
+    by_image: frozenset[int]
     parts: Segments = field(init=False)
     _samples: dict[str, Samples] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        largest = max((4 * prod(shape[1:]) for shape in self.shaped.shapes.values()), default=0)
+        self.shaped = self._of_batch(max(1, min(self.batch, _LARGEST // max(1, largest))))
         self.parts = Segments(self.shaped, self.blobs, self.engine)
 
     @property
@@ -211,10 +223,17 @@ class Walker:
         self, outputs: Sequence[Value], step: Ticks
     ) -> Iterator[tuple[int, int, dict[Value, Array]]]:
         """Values of the original net, batch by batch."""
-        for start, stop in batches(self.n_images, self.batch):
+        for start, stop in self._batches(step):
             given = {value: np.ascontiguousarray(x[start:stop]) for value, x in self.images.items()}
             yield start, stop, self.parts.run(given, outputs)
-            step(stop - start)
+
+    def _batches(self, step: Ticks) -> Iterator[tuple[int, int]]:
+        """Start and stop of each batch; ``step`` is told of the images that were new in it, once it is done."""
+        done = 0
+        for start, stop in batches(self.n_images, self.batch):
+            yield start, stop
+            step(stop - done)
+            done = stop
 
     def fit(
         self, jobs: Sequence[Job], samples: Mapping[str, Samples], solve: Solver, stage: Stage, key: str,
@@ -245,28 +264,26 @@ class Walker:
     def last(self, count: int) -> Walker:
         """The same nets over the last images alone."""
         images = {value: x[-count:] for value, x in self.images.items()}
-        size = min(self.batch, count)
-        sizes = {self.shaped.graph.blob(value): (size, *x.shape[1:]) for value, x in images.items()}
-        shaped = self.shaped if size == self.batch else infer(self.shaped.graph, sizes, partial=True)
-        return Walker(shaped, self.blobs, images, self.engine, self.positions, self.seed)
+        shaped = self._of_batch(min(self.batch, count))
+        return Walker(shaped, self.blobs, images, self.engine, self.positions, self.seed, self.by_image)
+
+    def _of_batch(self, size: int) -> Shaped:
+        """The net's shapes for so many images at once."""
+        if size == self.batch:
+            return self.shaped
+        sizes = {self.shaped.graph.blob(value): (size, *x.shape[1:]) for value, x in self.images.items()}
+        return infer(self.shaped.graph, sizes, partial=True)
 
     def ends(self) -> tuple[Value, ...]:
-        """What the net is judged by: the values that no layer that can be run reads; of a Softmax, its input."""
+        """What the net is judged by: values of each image that no such layer reads; of a Softmax, its input."""
         graph, found = self.shaped.graph, []
         for value in graph.values():
-            runs = value in self.shaped.shapes and self._runs(graph.needed([value]))
-            if runs and not any(self._runs({reader}) for reader in graph.consumers[value]):
+            readers = graph.consumers[value]
+            if value.node in self.by_image and not any(reader in self.by_image for reader in readers):
                 node = graph.nodes[value.node]
                 found.append(node.inputs[0] if node.layer.type == "Softmax" else value)
         sources = set(graph.sources)
         return tuple(dict.fromkeys(value for value in found if value not in sources))
-
-    def _runs(self, indices: Collection[int]) -> bool:
-        nodes = self.shaped.graph.nodes
-        return all(
-            spec is not None and (spec.source or spec.onnx is not None) and index not in self.shaped.unknown
-            for index, spec in ((index, nodes[index].spec) for index in indices)
-        )
 
     def replay(self, chains: Mapping[str, Decomposition], targets: Sequence[Target]) -> list[Array]:
         """The `ends` of the net with chains in the place of layers, over all images."""
@@ -361,7 +378,7 @@ class Walker:
     def _features(self, stack: Stack, job: Job, places: Places, step: Ticks) -> Array:
         """What the free step sees at the places, (n, c, taps), from the layer's input over all images."""
         taken: Array | None = None
-        for start, stop in batches(self.n_images, self.batch):
+        for start, stop in self._batches(step):
             here, which = places.within(start, stop)
             seen = job.sees(
                 patches(_maps(stack.read(start, stop), job.target), here.since(start), job.window)
@@ -369,7 +386,6 @@ class Walker:
             if taken is None:
                 taken = np.empty((len(places), *seen.shape[1:]), np.float32)
             taken[which] = seen
-            step(stop - start)
         assert taken is not None
         return taken
 

@@ -31,22 +31,34 @@ def uniform(
     Reference: Zhang et al. 2015, arXiv:1505.06798, the rows without rank selection of Tables 2 and 6.
     """
 
+    curves = {target.name: _curve(target, scheme) for target in targets}
+
     def at(factor: float) -> Ranks:
-        found = {target.name: _uniform(target, scheme, factor, same_ranks) for target in targets}
+        found = {
+            target.name: _uniform(target, scheme, factor, same_ranks, *curves[target.name])
+            for target in targets
+        }
         return {name: ranks for name, ranks in found.items() if ranks}
 
     return _least(at, targets, scheme, speedup, fixed, budget)
 
 
-def _uniform(target: Target, scheme: Scheme, speedup: float, same_ranks: bool) -> tuple[int, ...]:
+def _curve(target: Target, scheme: Scheme) -> tuple[range, np.ndarray]:
+    """All ranks, one standing for all of a scheme's, and the cost at each."""
+    grid = policy.candidates(scheme.max_rank(target.shape, target.geometry.group), target.geometry.group)
+    return grid, np.array([target.chain_cost(scheme, rank) for rank in grid])
+
+
+def _uniform(
+    target: Target, scheme: Scheme, speedup: float, same_ranks: bool, grid: range, costs: np.ndarray
+) -> tuple[int, ...]:
     group = target.geometry.group
     if scheme is asymmetric3d.ASYMMETRIC_3D and not same_ranks:
         outer = response.speedup_rank(target.shape, group, sqrt(speedup))
         inner = outer and asymmetric3d.vertical_rank(target.shape, group, outer, speedup)
         return (inner, outer) if inner else ()
-    grid = policy.candidates(scheme.max_rank(target.shape, group), group)
-    fitting = [rank for rank in grid if target.chain_cost(scheme, rank) * speedup <= target.macs]
-    return (fitting[-1],) * scheme.n_ranks if fitting else ()
+    fitting = np.flatnonzero(costs * speedup <= target.macs)
+    return (grid[fitting[-1]],) * scheme.n_ranks if fitting.size else ()
 
 
 def stripped(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class Stage:
 
     def _open(self, resume: bool) -> None:
         table = self.folder / _TABLE
-        if not table.exists() and self.folder.exists() and any(self.folder.iterdir()):
+        taken = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if taken and not table.exists():
             raise FileError(
                 "is no folder of an interrupted fit", path=self.folder, hint="remove it, or choose another -o"
             )
@@ -45,12 +47,7 @@ class Stage:
                 raise PlanError(
                     "there is no interrupted fit to resume", path=self.folder, hint="leave --resume out"
                 )
-            try:
-                self._table = json.loads(table.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise FileError(
-                    f"cannot be read: {error}", path=table, hint="fit again, without --resume"
-                ) from None
+            self._table = _read(table)
         elif table.exists():
             shutil.rmtree(self.folder)
         try:
@@ -85,9 +82,8 @@ class Stage:
         try:
             with np.load(self.folder / file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError) as error:
-            hint = "fit again, without --resume"
-            raise FileError(f"cannot be read: {error}", path=self.folder / file, hint=hint) from None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise _unreadable(self.folder / file, error) from None
 
     def finish(self) -> None:
         """Everything is done: remove the folder."""
@@ -108,3 +104,19 @@ class Stage:
         except OSError as error:
             raise FileError(f"cannot be written: {error.strerror}", path=temporary) from None
         temporary.replace(self.folder / _TABLE)
+
+
+def _read(table: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(table.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not all(
+            isinstance(entry, dict) and entry.keys() == {"key", "value"} for entry in found.values()
+        ):
+            raise ValueError("it is no table of finished steps")
+    except (OSError, ValueError) as error:
+        raise _unreadable(table, error) from None
+    return found
+
+
+def _unreadable(path: Path, error: Exception) -> FileError:
+    return FileError(f"cannot be read: {error}", path=path, hint="fit again, without --resume")

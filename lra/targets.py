@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -88,6 +89,27 @@ class Found:
     targets: dict[str, Target]
     refused: dict[str, str]
     blobs: Mapping[int, Arrays]
+
+    @cached_property
+    def by_image(self) -> frozenset[int]:
+        """The nodes that can be run and treat every image of a batch by itself, as do those in front of them."""
+        graph, shapes = self.shaped.graph, self.shaped.shapes
+        twice = {
+            graph.blob(value): (2 * shapes[value][0], *shapes[value][1:])
+            for value in graph.sources
+            if shapes.get(value)
+        }
+        other = infer(graph, twice, partial=True)
+        found: set[int] = set()
+        for index, node in enumerate(graph.nodes):
+            runs = node.spec is not None and (node.spec.source or node.spec.onnx is not None)
+            known = index not in self.shaped.unknown and index not in other.unknown and node.problem is None
+            if not runs or not known or any(value.node not in found for value in node.inputs):
+                continue
+            pairs = zip(self.shaped.tops(index), other.tops(index), strict=True)
+            if all(one and two == (2 * one[0], *one[1:]) for one, two in pairs):
+                found.add(index)
+        return frozenset(found)
 
 
 def find(model: Model, inputs: InputShapes | None = None) -> Found:

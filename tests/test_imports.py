@@ -27,7 +27,7 @@ ORDER = (
     caffe_proto.layers.planes caffe_proto.layers.channelwise
     caffe_proto.layers
     caffe_proto.preprocess caffe_proto.graph
-    caffe_proto.shape_inference caffe_proto.costs caffe_proto.binding caffe_proto.rewrite caffe_proto.plan
+    caffe_proto.shape_inference caffe_proto.offsets caffe_proto.costs caffe_proto.binding caffe_proto.rewrite caffe_proto.fold caffe_proto.plan
     caffe_proto.deploy caffe_proto.meaning caffe_proto.diff
     caffe_proto.fillers
     caffe_proto.torch_layers.base caffe_proto.torch_layers.conv caffe_proto.torch_layers.pool
@@ -35,23 +35,25 @@ ORDER = (
     caffe_proto.torch_layers.recurrent caffe_proto.torch_layers.loss caffe_proto.torch_layers
     caffe_proto.torch_net
     caffe_proto.onnx_export
-    caffe_proto.runtime caffe_proto.latency caffe_proto.segments
+    caffe_proto.runtime caffe_proto.latency caffe_proto.segments caffe_proto.walk
     caffe_proto.data.pictures caffe_proto.data.base caffe_proto.data.folders caffe_proto.data.arrays
     caffe_proto.data.datums caffe_proto.data caffe_proto.data.transform caffe_proto.data.batches
     caffe_proto.data.build
     caffe_proto.evaluation
     caffe_proto.train_data caffe_proto.train
     caffe_proto
-    lra.plan lra.targets lra.styles lra.train_layers lra.train_hooks
-    lra.following lra.walk lra.stage lra.responses lra.calibration lra.jobs lra.fitting lra.options lra.selection lra.auto
-    lra.latency_table lra.latency_probe lra.latency
-    lra.planner lra.applier
+    lra.plan lra.targets lra.styles lra.train_layers lra.train_hooks lra.train_setup
+    lra.following lra.walk lra.stage lra.responses lra.calibration lra.matching lra.polish_torch lra.polish lra.jobs lra.fitting lra.options lra.selection lra.auto
+    lra.latency_table lra.latency_probe lra.latency lra.latency_plan
+    lra.planner lra.applier lra.repair
     lra
     hrank.sites hrank.measure hrank.rank_files
     hrank.groups hrank.coupling hrank.plan hrank.applier hrank.counts hrank.rates
-    caffe_proto.console caffe_proto.array_files caffe_proto.cli_train caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli
-    lra.demo lra.outputs lra.cli_decompose lra.cli lra.__main__
+    lra.removal
+    hrank.planner hrank.masking hrank.repair hrank.compare
     hrank
+    caffe_proto.console caffe_proto.array_files caffe_proto.cli_train caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli
+    lra.demo lra.outputs lra.cli_decompose hrank.outputs hrank.joint hrank.cli lra.train_report lra.cli_train lra.cli lra.__main__
     """
 ).split()
 
@@ -70,6 +72,7 @@ CONFINED = {
         "caffe_proto.torch_layers.recurrent",
         "caffe_proto.torch_layers.shape",
         "caffe_proto.train",
+        "lra.polish_torch",
         "lra.train_hooks",
     },  # fmt: skip
     "PIL": {"caffe_proto.data.pictures"},

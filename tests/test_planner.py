@@ -344,7 +344,7 @@ def test_infeasible_says_how_much_is_possible() -> None:
         ({"rank_config": {"conv2": 7}}, 'layer "conv2": rank 7 is not a multiple of group 2: use 6 or 8'),
         ({"rank_config": {"conv1": {"scheme": "spatial"}}}, '"ranks" is'),
         ({"rank_config": {"conv1": {"rank": 3, "colour": 1}}}, 'unknown key "colour"'),
-        ({"rank_config": {"conv1": {"ranks": [3, 4]}}}, "2 ranks, pca takes one"),
+        ({"rank_config": {"conv1": {"ranks": [3, 4]}}}, "2 ranks, pca takes 1"),
     ],
 )  # fmt: skip
 def test_requests_that_make_no_sense(amount: dict[str, Any], message: str) -> None:
@@ -540,5 +540,5 @@ def test_style_of_a_plan_must_exist() -> None:
 def test_plan_for_layers_that_are_not_there() -> None:
     with pytest.raises(PlanError, match=r'names "conv9", which is no convolution.*did you mean "conv'):
         lra.apply(Plan({"conv9": LayerPlan("pca", (3,))}), MODEL)
-    with pytest.raises(PlanError, match=r"'' with ranks \[3\] is no scheme"):
+    with pytest.raises(PlanError, match="'' is no scheme of this program"):
         lra.apply(Plan.from_json('{"conv1": 3}'), MODEL)

@@ -1,0 +1,221 @@
+"""How prune reports: what went and what stayed, criteria side by side, and the listing of a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from caffe_proto import console
+
+if TYPE_CHECKING:
+    from caffe_proto.evaluation import Evaluation, Share
+    from caffe_proto.latency import Timing
+
+    from .applier import Report
+    from .counts import Count
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A repair that was made: layers with other numbers, their errors where it has any, and why others were left."""
+
+    name: str
+    changed: tuple[str, ...]
+    kept: Mapping[str, str]
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A criterion on the plan's counts: the net as pruned and, where repairs were asked for, repaired."""
+
+    criterion: str
+    pruned: Evaluation | None
+    repaired: Evaluation | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Said:
+    """All that one prune command has to say."""
+
+    report: Report
+    files: Mapping[str, str]
+    masked: bool = False
+    counted: tuple[str, Count, Count] | None = None
+    warnings: Sequence[str] = ()
+    repairs: Sequence[Repair] = ()
+    times: Sequence[Timing] = ()
+    total: tuple[int, int] | None = None  # MACs before pruning, and after it and decomposing
+
+
+def _ratio(before: float, after: float) -> float:
+    return before / after if after else 1.0
+
+
+def document(said: Said, trials: Sequence[Trial]) -> dict[str, Any]:
+    """The report as one JSON document."""
+    report = said.report
+    speedup: dict[str, Any] = {"macs": _ratio(*report.macs), "conv_macs": _ratio(*report.conv_macs)}
+    if said.times:
+        speedup["latency"] = _ratio(said.times[0].median, said.times[1].median)
+    if said.total is not None:
+        speedup["total_macs"] = _ratio(*said.total)
+    layers = [
+        {
+            "name": row.name,
+            "type": row.type,
+            "channels": list(row.channels) if row.channels else None,
+            "macs": list(row.macs),
+            "params": list(row.params),
+        }
+        for row in report.rows
+    ]
+    made: dict[str, Any] = {
+        "speedup": speedup,
+        "macs": list(report.macs),
+        "conv_macs": list(report.conv_macs),
+        "params": list(report.params),
+        "layers": layers,
+        "kept": report.kept,
+        "files": dict(said.files),
+        "warnings": list(said.warnings),
+        "repairs": [
+            {
+                "name": one.name,
+                "layers": list(one.changed),
+                "kept": dict(one.kept),
+                "errors": dict(one.errors),
+            }
+            for one in said.repairs
+        ],
+    }
+    if said.counted is not None:
+        name, before, after = said.counted
+        made["counted"] = {
+            "as": name,
+            "flops": [before.flops, after.flops],
+            "params": [before.params, after.params],
+        }
+    if said.times:
+        made["latency_ms"] = [one.median for one in said.times]
+    return made | ({"comparison": comparison(trials)} if trials else {})
+
+
+def comparison(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """The criteria side by side, for JSON."""
+    return [
+        {
+            "criterion": one.criterion,
+            **({"reason": one.reason} if one.reason else {}),
+            **{
+                what: _evaluation(found)
+                for what, found in (("pruned", one.pruned), ("repaired", one.repaired))
+                if found is not None
+            },
+        }
+        for one in trials
+    ]
+
+
+def _evaluation(found: Evaluation) -> dict[str, Any]:
+    top1 = {"top1": _share(found.accuracy.top1)} if found.accuracy.top1.n else {}
+    return {**top1, "agreement": _share(found.agreement), "output_error": found.output_error}
+
+
+def _share(share: Share) -> dict[str, float | int]:
+    return {"value": share.value, "standard_error": share.error, "n": share.n}
+
+
+def show(said: Said) -> None:
+    """Print the report: a row a layer, what was kept and why, totals, and what was written."""
+    report = said.report
+    rows = [
+        [
+            row.name,
+            row.type,
+            "-" if row.channels is None else f"{row.channels[0]} -> {row.channels[1]}",
+            *(f"{number:,}" for number in (*row.macs, *row.params)),
+        ]
+        for row in report.rows
+    ]
+    what = "not zero" if said.masked else "channels"
+    console.table(["layer", "type", what, "MACs before", "after", "params before", "after"], rows)
+    for warning in said.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    show_kept(report.kept)
+    for one in said.repairs:
+        _show_repair(one)
+    click.echo()
+    for name, pair in (
+        ("MACs, whole net", report.macs),
+        ("MACs, convolutions", report.conv_macs),
+        ("parameters", report.params),
+    ):
+        total(name, *pair)
+    if said.total is not None:
+        total("MACs, decomposed", *said.total)
+    if said.counted is not None:
+        name, before, after = said.counted
+        total(f"FLOPs as {name}", before.flops, after.flops)
+        total(f"params as {name}", before.params, after.params)
+    if said.times:
+        first, second = said.times[0].median, said.times[1].median
+        click.echo(
+            f"{'time, median':20}{first:>14.3f} ms -> {second:>12.3f} ms  {_ratio(first, second):.3f}x"
+        )
+    if said.files:
+        click.echo("wrote " + ", ".join(said.files.values()))
+
+
+def total(name: str, before: int, after: int) -> None:
+    """Print one figure before and after, and the ratio."""
+    if before:
+        click.echo(f"{name:20}{before:>17,} -> {after:>15,}  {_ratio(before, after):.3f}x")
+
+
+def show_kept(kept: Mapping[str, str]) -> None:
+    """Print which layers stay whole, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        click.echo(f"kept {', '.join(names)}: {reason}")
+
+
+def _show_repair(one: Repair) -> None:
+    error = ""
+    if one.errors:
+        mean = sum(one.errors.values()) / len(one.errors)
+        error = f", mean error of held-out responses {mean:.4f}"
+    click.echo(f"repair {one.name}: {len(one.changed)} layers{error}")
+    for name, reason in one.kept.items():
+        click.echo(f"  not {name}: {reason}")
+
+
+def show_trials(trials: Sequence[Trial]) -> None:
+    """Print the criteria side by side."""
+    labelled = any(one.pruned is not None and one.pruned.accuracy.top1.n for one in trials)
+    twice = any(one.repaired is not None for one in trials)
+    what = [*(["top-1"] if labelled else []), "agreement", "output error"]
+    columns = ["criterion", *what, *(f"{name}, repaired" for name in (what if twice else ()))]
+    rows = [
+        [one.criterion, *_cells(one.pruned, labelled), *(_cells(one.repaired, labelled) if twice else ())]
+        for one in trials
+        if one.pruned is not None
+    ]
+    console.table(columns, rows, left=1)
+    for one in trials:
+        if one.reason:
+            click.echo(f"not {one.criterion}: {one.reason}")
+    click.echo()
+
+
+def _cells(found: Evaluation | None, labelled: bool) -> list[str]:
+    if found is None:
+        return ["-"] * (2 + labelled)
+    top1 = [f"{found.accuracy.top1.value:.4f}"] if labelled else []
+    return [*top1, f"{found.agreement.value:.4f}", f"{found.output_error:.4f}"]
