@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from caffe_proto.runtime import Engine
 
     from .fitting import Fits
+    from .polish import PolishReport
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Report:
     kept: dict[str, str]
     warnings: tuple[str, ...] = ()
     predicted: Predicted | None = None
+    polish: PolishReport | None = None
 
 
 def apply(

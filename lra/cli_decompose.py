@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -230,6 +231,15 @@ def _counted(batches: Batches, step: Callable[[int], None]) -> Iterator[np.ndarr
 @click.option(
     "--fold-bn", is_flag=True, help="Fold BatchNorm and Scale layers into the convolutions before them."
 )
+@click.option(
+    "--polish",
+    type=click.IntRange(1),
+    is_flag=False,
+    flag_value=600,
+    metavar="[STEPS]",
+    help="With --images: in the end match the original's outputs and activations, without labels (Adam, 600 steps; "
+    "needs torch). Not part of the plan.",
+)
 @click.option("--resume", is_flag=True, help="Go on with a fit to --images that was interrupted.")
 @click.option("--force", is_flag=True, help="Apply a plan to other files than it was made for.")
 @click.option("--plan-only", is_flag=True, help="Print the plan and change nothing.")
@@ -285,6 +295,7 @@ class _Decompose:
     solver: str
     refit_kept: bool | None
     fold_bn: bool
+    polish: int | None
     resume: bool
     force: bool
     plan_only: bool
@@ -340,19 +351,36 @@ class _Decompose:
                     spectra=spectra,
                     engine=self._engine(),
                 )
+            if self.polish is not None and images is not None:
+                changed, report = self._polished(model, changed, report, images)
         except KeyboardInterrupt:
             if stage is not None and self.prefix is not None:
                 click.echo("interrupted; the same command with --resume goes on from here", err=True)
+                stage.close()
+                stage = None  # it stays
             raise
         finally:
-            if stage is not None:
-                stage.close()
+            if stage is not None and (self.plan_only or sys.exc_info()[0] is not None):
+                stage.finish()
         reference = self._reference(model) if self.compare else None  # what can fail comes before the writing
         subjects = self._subjects(model, changed) if self.time_it else []
         files = self._write(changed, plan)
         if stage is not None:
             stage.finish()
         self._finish(report, files, reference, subjects)
+
+    def _polished(
+        self, model: Model, changed: Model, report: Report, images: Calibration
+    ) -> tuple[Model, Report]:
+        """The net after distillation, and the report with what that gave."""
+        from .polish import polish
+
+        steps = self.polish or 0
+        with console.progress("polishing", steps, "steps") as step:
+            better, found = polish(
+                model, changed, images, steps=steps, seed=self.seed, threads=self.threads, tick=step
+            )
+        return better, replace(report, polish=found)
 
     def _batched(self, model: Model, batch: int) -> dict[str, tuple[int, ...]]:
         """The shapes of all inputs with another batch."""
@@ -439,6 +467,7 @@ class _Decompose:
                 "positions",
                 "solver",
                 "refit_kept",
+                "polish",
                 "resume",
             }
             self._refuse(companions, "only goes with --images")

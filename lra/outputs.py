@@ -98,6 +98,9 @@ def document(
         "params": list(report.params),
     }
     made |= {"layers": layers, "kept": report.kept, "files": files, "warnings": list(report.warnings)}
+    if report.polish is not None:
+        one = report.polish
+        made["polish"] = {"steps": one.steps, "error": [one.before, one.after], "held_out": one.held_out}
     if apart:
         made["outputs_apart"] = apart
     if report.predicted is not None:
@@ -150,6 +153,11 @@ def show(report: Report, files: dict[str, str], apart: dict[str, float], times: 
     ):
         if pair[0]:
             click.echo(f"{what:20}{pair[0]:>17,} -> {pair[1]:>15,}  {_ratio(pair):.3f}x")
+    if report.polish is not None:
+        one = report.polish
+        click.echo(
+            f"polished in {one.steps} steps: output error on {one.held_out} held-out images {one.before:.4f} -> {one.after:.4f}"
+        )
     for name, value in apart.items():
         click.echo(f"output {name}: ||y' - y|| / ||y|| = {value:.4g}")
     if report.predicted is not None:

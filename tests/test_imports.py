@@ -35,7 +35,7 @@ ORDER = (
     caffe_proto.torch_layers.recurrent caffe_proto.torch_layers.loss caffe_proto.torch_layers
     caffe_proto.torch_net
     caffe_proto.onnx_export
-    caffe_proto.runtime caffe_proto.latency caffe_proto.segments caffe_proto.walk
+    caffe_proto.runtime caffe_proto.quantize caffe_proto.latency caffe_proto.torch_time caffe_proto.segments caffe_proto.walk
     caffe_proto.data.pictures caffe_proto.data.base caffe_proto.data.folders caffe_proto.data.arrays
     caffe_proto.data.datums caffe_proto.data caffe_proto.data.transform caffe_proto.data.batches
     caffe_proto.data.build
@@ -59,10 +59,17 @@ ORDER = (
 
 # Packages that only these modules may import, wherever in the file: what the main job must not wait for.
 CONFINED = {
-    "onnxruntime": {"caffe_proto.runtime", "caffe_proto.latency", "caffe_proto.segments", "caffe_proto.cli"},
-    "onnx": {"caffe_proto.onnx_export"},
+    "onnxruntime": {
+        "caffe_proto.runtime",
+        "caffe_proto.latency",
+        "caffe_proto.segments",
+        "caffe_proto.cli",
+        "caffe_proto.quantize",
+    },
+    "onnx": {"caffe_proto.onnx_export", "caffe_proto.quantize"},
     "torch": {
         "caffe_proto.torch_net",
+        "caffe_proto.torch_time",
         "caffe_proto.torch_layers.base",
         "caffe_proto.torch_layers.conv",
         "caffe_proto.torch_layers.loss",
