@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from . import cli_data, cli_nets, console
 from .console import input_shape_option, json_option, net_argument, seed_option, state_options, threads_option
@@ -15,8 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .costs import LayerCost
-    from .latency import Gain
+    from .data.batches import Batch, Batches
+    from .latency import Gain, Subject, Timing
     from .model import Model
+    from .onnx_export import Request
 
 
 cut_option = click.option(
@@ -194,6 +199,15 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and value < float("inf") else None
 
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="Numbers: fp16 halves the file and pays on GPUs; int8 needs --images.",
+)
+
+
 @click.command()
 @net_argument
 @click.argument("weights")
@@ -206,17 +220,33 @@ def _finite(value: float | None) -> float | None:
 @click.option(
     "--bgr", is_flag=True, help="The images will come as RGB, the net wants BGR: swap the channels."
 )
+@dtype_option
+@click.option(
+    "--images", metavar="SRC", help="With --dtype int8: images to take ranges from, as for eval, as they come or as "
+    "transform_param says; what is baked in is left to the net."
+)  # fmt: skip
+@click.option("--root", metavar="FOLDER", help="With --images: folder of a list's paths.")
+@click.option(
+    "--n-images", type=click.IntRange(1), default=100, show_default=True, help="With --images: so many, drawn by --seed."
+)  # fmt: skip
+@seed_option
 @cut_option
 @input_shape_option
 @state_options
 @json_option
 def export(
     net: str, weights: str, output: str, batch: str | None, dynamic_hw: bool, preprocess: bool, mean: str | None,
-    scale: float | None, bgr: bool, cut_at_unknown: bool, input_shapes: Any, phase: str, stages: Any, level: int,
-    as_json: bool,
+    scale: float | None, bgr: bool, dtype: str, images: str | None, root: str | None, n_images: int, seed: int,
+    cut_at_unknown: bool, input_shapes: Any, phase: str, stages: Any, level: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Write NET with WEIGHTS as ONNX (opset 17, IR 8) under Caffe's blob and layer names."""
     from . import files, onnx_export
+
+    if (dtype == "int8") != (images is not None):
+        raise UsageError("--dtype int8 and --images go together", hint="int8 takes its ranges from images")
+    for name in sorted({"root", "n_images", "seed"} & _said()):
+        if images is None:
+            raise UsageError(f"--{name.replace('_', '-')} only goes with --images")
 
     model = console.load_model(net, weights, phase, stages, level)
     request = onnx_export.Request(
@@ -228,6 +258,8 @@ def export(
         cut_at_unknown=cut_at_unknown,
     )
     made = onnx_export.export_onnx(model, request)
+    if dtype != "fp32":
+        made = _narrowed(made, dtype, model, request, images, root, n_images, seed)
     with files.writing([output], [net, weights]) as (temporary,):
         temporary.write_bytes(made.SerializeToString())
     inputs = {value.name: _dims(value) for value in made.graph.input}
@@ -243,6 +275,39 @@ def export(
     click.echo(
         f"wrote {output}: {len(made.graph.node)} nodes, {made.ByteSize():,} bytes, opset {onnx_export.OPSET}"
     )
+
+
+def _narrowed(
+    made: Any, dtype: str, model: Model, request: Request, images: str | None, root: str | None, count: int, seed: int
+) -> Any:  # fmt: skip
+    """The exported model in narrower numbers, ranges from images as the exported net wants them."""
+    from . import quantize
+    from .data import open_source
+    from .data.batches import Batches
+    from .evaluation import input_shape
+
+    if images is None:
+        return quantize.narrowed(made, dtype)
+    shape = input_shape(model, dict(request.input_shapes or {}))
+    baked = request.preprocess
+    transform = cli_data.prepared(model, shape, None, None, None, None, None)
+    if baked is not None:
+        order = "rgb" if baked.swap else transform.order
+        transform = replace(transform, mean=None, scale=1.0, order=order)
+    with open_source(images, root=root, resize=transform.resize, color=transform.color) as source:
+        inputs = None if shape is None else shape[1:]
+        batches = Batches(source, transform, n_images=count, seed=seed, shape=inputs)
+        with console.progress("calibrating", len(batches), "batches") as step:
+            feeds = quantize.batches_for(
+                made, (one for batch in _ticked(batches, step) for one in batch.images)
+            )
+            return quantize.narrowed(made, dtype, feeds)
+
+
+def _ticked(batches: Batches, step: console.Step) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        step()
 
 
 def _dims(value: Any) -> list[int | str]:
@@ -283,41 +348,69 @@ def _preprocess(model: Model, own: bool, mean: str | None, scale: float | None, 
 @click.option("--warmup", type=click.IntRange(0), default=10, show_default=True)
 @click.option("--batch", type=click.IntRange(1), help="Batch size; default: each net's own.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.")
+@click.option(
+    "--engine",
+    "program",
+    type=click.Choice(["onnxruntime", "torch"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the nets; torch needs the extra train.",
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Numbers to time each model in, repeatable; default fp32. Ranges of int8 are made up: for times alone.",
+)
+@click.option("--device", default="cpu", show_default=True, help="With --engine torch: cpu or cuda.")
 @click.option("--profile", is_flag=True, help="Also print a row a layer.")
 @threads_option
 @seed_option
 @json_option
 def time_(
-    models: Sequence[str], runs: int, warmup: int, batch: int | None, provider: str, profile: bool,
-    threads: int, seed: int, as_json: bool,
+    models: Sequence[str], runs: int, warmup: int, batch: int | None, provider: str, program: str,
+    dtypes: Sequence[str], device: str, profile: bool, threads: int, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Time nets with onnxruntime side by side: median, 90th percentile, ratio of the first median to each.
+    """Time nets side by side: median, 90th percentile, ratio of the first median to each.
 
     A NET without WEIGHTS gets random ones, so that a published prototxt can be timed alone. Runs are
     interleaved and sessions do not spin, so that none spoils another's times. Of several nets it says how many
     times fewer MACs than the first they take, and how much of that is measured (efficiency); with --profile by
     layer too, layers that were decomposed beside what stands for them.
     """
-    import onnxruntime
-
     from . import latency
-    from .runtime import Engine
 
-    subjects = [latency.subject(item, batch=batch, seed=seed) for item in models]
-    engine = Engine(threads, provider)
-    with console.progress("timing", runs, "runs") as step:
-        timings = latency.measure(
-            subjects, engine, runs=runs, warmup=warmup, batch=batch, seed=seed, step=step
-        )
+    said = _said()
+    subjects: list[Subject] = []
+    if program == "torch":
+        for name in sorted({"provider", "profile", "dtypes"} & said):
+            raise UsageError(f"--{name.removesuffix('s')} does not go with --engine torch")
+        timings, macs, release = _torch_times(models, device, threads, runs, warmup, batch, seed)
+    else:
+        if "device" in said:
+            raise UsageError("--device only goes with --engine torch", hint="use --provider")
+        import onnxruntime
+
+        from .runtime import Engine
+
+        plain = [latency.subject(item, batch=batch, seed=seed) for item in models]
+        subjects = [latency.narrowed(one, dtype, seed) for one in plain for dtype in dtypes or ("fp32",)]
+        engine, release = Engine(threads, provider), onnxruntime.__version__
+        with console.progress("timing", runs, "runs") as step:
+            timings = latency.measure(
+                subjects, engine, runs=runs, warmup=warmup, batch=batch, seed=seed, step=step
+            )
+        macs = [one.total_macs for one in subjects]
     profiles = latency.profiles(subjects, engine, batch=batch, seed=seed) if profile else []
     whole = [
-        latency.Gain(t.name, (timings[0].median, t.median), (subjects[0].total_macs, one.total_macs))
-        for t, one in zip(timings, subjects, strict=True)
+        latency.Gain(t.name, (timings[0].median, t.median), (macs[0], one))
+        for t, one in zip(timings, macs, strict=True)
     ]
     pairs = [
         latency.gains(subjects[0], one, profiles[0], layers)
         for one, layers in zip(subjects[1:], profiles[1:], strict=False)
-        if subjects[0].macs and one.macs
+        if macs[0] and one.macs
     ]
     if as_json:
         rows: list[dict[str, Any]] = [
@@ -334,15 +427,11 @@ def time_(
                 | _arithmetic_json(one)
                 for one in gains
             ]
-        settings = {
-            "threads": threads,
-            "provider": provider,
-            "runs": runs,
-            "onnxruntime": onnxruntime.__version__,
-        }
+        where = {"provider": provider} if program == "onnxruntime" else {"device": device}
+        settings = {"threads": threads, **where, "runs": runs, program: release}
         console.echo_json({"models": rows, **settings})
         return
-    counted = sum(1 for one in subjects if one.macs) > 1 and bool(subjects[0].macs)
+    counted = sum(map(bool, macs)) > 1 and bool(macs[0])
     console.table(
         ["model", "median ms", "p90 ms", "speed-up", *(["MACs fewer", "efficiency"] if counted else [])],
         [
@@ -353,7 +442,8 @@ def time_(
         left=1,
     )
     used = f"{threads} threads" if threads else "all cores"
-    click.echo(f"onnxruntime {onnxruntime.__version__}, {provider}, {used}, {runs} interleaved runs")
+    where_ = provider if program == "onnxruntime" else device
+    click.echo(f"{program} {release}, {where_}, {used}, {runs} interleaved runs")
     for one, layers in zip(subjects, profiles, strict=False):
         click.echo(f"\n{one.name}")
         total = sum(layer.milliseconds for layer in layers)
@@ -377,6 +467,28 @@ def time_(
             ],
             left=1,
         )
+
+
+def _said() -> set[str]:
+    """The options of this command that stand on the command line."""
+    context = click.get_current_context()
+    return {
+        name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def _torch_times(
+    models: Sequence[str], device: str, threads: int, runs: int, warmup: int, batch: int | None, seed: int
+) -> tuple[list[Timing], list[int], str]:
+    """Times and MACs by model, and torch's release."""
+    if find_spec("torch") is None:
+        raise UsageError("torch is not installed", hint="install the extra train: caffe-lra[train]")
+    from . import torch_time
+
+    subjects = [torch_time.TorchSubject(item, device, batch=batch, seed=seed) for item in models]
+    with console.progress("timing", runs, "runs") as step:
+        timings = torch_time.measure(subjects, threads=threads, runs=runs, warmup=warmup, step=step)
+    return timings, [one.macs for one in subjects], torch_time.RELEASE
 
 
 def _arithmetic_json(gain: Gain) -> dict[str, float]:

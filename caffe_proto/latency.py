@@ -6,13 +6,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from . import quantize
 from .costs import cost
 from .errors import FileError, UsageError
 from .files import read_bytes
@@ -138,6 +139,19 @@ def subject(item: str, *, batch: int | None, seed: int, phase: str = "TEST") -> 
     return of_model(item, model, Request(batch=batch, random_seed=None if weights else seed))
 
 
+def narrowed(one: Subject, dtype: str, seed: int = 0) -> Subject:
+    """The same model in another of `quantize.DTYPES`; ranges of 8 bits are those of random input.
+
+    Raises UsageError where onnxruntime cannot run it so.
+    """
+    if dtype == "fp32":
+        return one
+    source = read_bytes(one.source) if isinstance(one.source, str) else one.source
+    made = quantize.parsed(source, one.name)
+    found = quantize.narrowed(made, dtype, quantize.random_batches(made, seed))
+    return replace(one, name=f"{one.name} [{dtype}]", source=found.SerializeToString())
+
+
 def of_model(name: str, model: Model, request: Request) -> Subject:
     """A loaded model as something to time."""
     export = draw(model, request)
@@ -212,19 +226,30 @@ def measure(
     """
     quiet = Engine(engine.threads, engine.provider, spin=False)
     runners = [_runner(one, quiet, batch, seed) for one in subjects]
-    for runner in runners:
+    return in_turn([(one.name, one.run) for one in runners], runs=runs, warmup=warmup, step=step)
+
+
+def in_turn(
+    named: Sequence[tuple[str, Callable[[], object]]],
+    *,
+    runs: int,
+    warmup: int,
+    step: Callable[[], None] = lambda: None,
+) -> list[Timing]:
+    """Time functions, each by turns; ``warmup`` calls of each do not count."""
+    for _, run in named:
         for _ in range(warmup):
-            runner.run()
-    times: list[list[float]] = [[] for _ in runners]
+            run()
+    times: list[list[float]] = [[] for _ in named]
     for _ in range(runs):
-        for runner, found in zip(runners, times, strict=True):
+        for (_, run), found in zip(named, times, strict=True):
             started = time.perf_counter()
-            runner.run()
+            run()
             found.append(1e3 * (time.perf_counter() - started))
         step()
     return [
-        Timing(runner.name, float(np.median(found)), float(np.percentile(found, 90)), tuple(found))
-        for runner, found in zip(runners, times, strict=True)
+        Timing(name, float(np.median(found)), float(np.percentile(found, 90)), tuple(found))
+        for (name, _), found in zip(named, times, strict=True)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import distributions
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_PACKAGE, _GPU_PACKAGE = "onnxruntime", "onnxruntime-gpu"
 _LENT = 2**16  # bytes from which a constant is not written into the model but lent to onnxruntime
 
 
@@ -65,7 +67,7 @@ def open_onnx(
         raise UsageError(f'there is no provider "{engine.provider}"', hint="use " + " or ".join(PROVIDERS))
     if name not in onnxruntime.get_available_providers():
         have = ", ".join(onnxruntime.get_available_providers())
-        raise UsageError(f"this onnxruntime has no {name}", hint=f"it has {have}")
+        raise UsageError(f"this onnxruntime has no {name}", hint=f"it has {have}; {_installed()}")
     made = options(engine)
     if profile_prefix is not None:
         made.profile_file_prefix = profile_prefix
@@ -73,8 +75,23 @@ def open_onnx(
         made.add_external_initializers(list(constants), list(constants.values()))
     opened = onnxruntime.InferenceSession(source, made, providers=[name])
     if opened.get_providers()[0] != name:
-        raise UsageError(f"onnxruntime did not activate {name}, it would silently run on the CPU")
+        raise UsageError(
+            f"onnxruntime did not activate {name}, it would silently run on the CPU", hint=_installed()
+        )
     return opened
+
+
+def _installed() -> str:
+    """What may be wrong with the packages where a GPU does not run: two of them put their files in one place."""
+    found = [name for name in (_PACKAGE, _GPU_PACKAGE) if next(iter(distributions(name=name)), None)]
+    if _GPU_PACKAGE not in found:
+        return f"GPUs need the package {_GPU_PACKAGE} in the place of {_PACKAGE}"
+    if len(found) > 1:
+        return (
+            f"{_PACKAGE} and {_GPU_PACKAGE} are both installed and overwrite one another: "
+            f"uninstall both, then install {_GPU_PACKAGE} alone"
+        )
+    return f"{_GPU_PACKAGE} is installed: its release must fit the driver, CUDA and cuDNN of this machine"
 
 
 def open_export(export: Export, engine: Engine) -> Compiled:

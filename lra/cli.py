@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 import caffe_proto
 from caffe_proto import console
@@ -20,9 +21,11 @@ from caffe_proto.console import (
     threads_option,
 )
 from caffe_proto.errors import UsageError
+from hrank.cli import prune
 
 from . import outputs
 from .cli_decompose import STYLE_NAMES, calibration_options, decompose, read_calibration
+from .cli_train import train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,15 +71,21 @@ def apply(
 
     param, fillers, lr_mult and phases are kept, so that fine-tuning can start. Without WEIGHTS the structure
     alone is written. PLAN may be a rank file {"conv1": 8} as older tools write them. Layers that exist in one
-    phase only are found too. A plan that fits responses needs the images it was made with.
+    phase only are found too. A plan that fits responses needs the images it was made with. PLAN may also be of the
+    prune command, or of both.
     """
     from caffe_proto.files import read_text
+    from hrank.joint import prunes
 
     from .applier import apply as carry
     from .plan import Plan
     from .stage import Stage
 
-    plan = Plan.from_json(read_text(plan_file), plan_file).completed(scheme, style)
+    source = read_text(plan_file)
+    if prunes(source, plan_file):
+        _carry_pruning(plan_file, net, weights, prefix, force, input_shapes, phase, stages, level, as_json)
+        return
+    plan = Plan.from_json(source, plan_file).completed(scheme, style)
     model = console.load_model(net, weights, phase, stages, level)
     if fitting["images"] is not None and not (weights and plan.target.get("fit")):
         raise UsageError("--images only goes with WEIGHTS and a plan that fits responses to them")
@@ -99,6 +108,30 @@ def apply(
         outputs.show(report, names, {}, [])
 
 
+def _carry_pruning(plan_file: str, *how: Any) -> None:
+    """What apply does with a plan that prunes; the options of decompositions do not go with it."""
+    from hrank.cli import carry
+
+    context = click.get_current_context()
+    known = {
+        "plan_file",
+        "net",
+        "weights",
+        "prefix",
+        "force",
+        "input_shapes",
+        "phase",
+        "stages",
+        "level",
+        "as_json",
+    }
+    for option in context.command.params:
+        said = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if said and option.name not in known:
+            raise UsageError(f"{option.opts[0]} does not go with a plan that prunes")
+    carry(plan_file, *how)
+
+
 @cli.command()
 @click.option(
     "-o", "--output", "folder", default="caffe-lra-demo", show_default=True, help="Folder for what it writes."
@@ -111,7 +144,7 @@ def demo(folder: str, threads: int) -> None:
     run(Path(folder), threads, main)
 
 
-for _command in (decompose, *CAFFE_COMMANDS):
+for _command in (decompose, prune, train, *CAFFE_COMMANDS):
     cli.add_command(_command)
 
 

@@ -29,7 +29,7 @@ _BESIDE = 4  # nets that run in turn beside the net as it is
 _ROUNDS = 5
 _PASSES, _MORE = 2, 2  # over everything; over what is still noisy
 _QUIET = 0.03  # noise with which a time is taken
-_DOUBTFUL = 0.1  # noise of one time in ten at which ranks cannot be told apart
+DOUBTFUL = 0.1  # noise of one time in ten at which ranks cannot be told apart
 _NO_BLOCK = 8  # ranks apart where onnxruntime's kernels have no blocks
 Pair = tuple[str, Chain]  # a place, and what stands there
 Job = tuple[Pair, Chain]  # a layer as it is, and what to measure in its place
@@ -68,7 +68,7 @@ class Latency:
     @property
     def doubt(self) -> str | None:
         """Why the times are not to be trusted, None where they are."""
-        if self.noise < _DOUBTFUL:
+        if self.noise < DOUBTFUL:
             return None
         return (
             f"the times scatter by {self.noise:.0%}: something else runs on this machine, and ranks that are close "
@@ -176,11 +176,15 @@ class Latency:
         ratio = float(np.median(np.divide(after.runs, before.runs)))
         return before.median / 1e3, before.median / 1e3 * ratio
 
-    def _blocks(self, target: Target, scheme: Scheme) -> tuple[int, int]:
-        """Ranks a block in every group, and the blocks up to which a chain has fewer MACs than the layer."""
+    def unit(self, target: Target) -> int:
+        """Ranks that fill a block of the kernels in every group."""
         if not self.table.block:
             self.table.block = kernels(self.engine).block
-        unit = target.geometry.group * (self.table.block if self.table.block > 1 else _NO_BLOCK)
+        return target.geometry.group * (self.table.block if self.table.block > 1 else _NO_BLOCK)
+
+    def _blocks(self, target: Target, scheme: Scheme) -> tuple[int, int]:
+        """Ranks a block in every group, and the blocks up to which a chain has fewer MACs than the layer."""
+        unit = self.unit(target)
         most = scheme.max_rank(target.shape, target.geometry.group) // unit
         # MACs grow with the rank: the first chain that has as many ends the range
         top = next(

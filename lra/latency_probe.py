@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from caffe_proto.errors import UnsupportedError
+from caffe_proto.latency import LEARNT, NodeNames, node_name
 from caffe_proto.layers.emit import NodeRecord, Shape, Sheet
 from caffe_proto.onnx_export import Export, Request, draw, to_onnx
 from caffe_proto.runtime import Engine, open_onnx
@@ -34,7 +35,6 @@ _LEAST = 1e-7  # seconds that a kernel takes at least
 _LEAVE_OUT = "leave it out (--except)"
 _TINY, _PROBES = 32, 30  # convolutions in a row, and their runs
 _KERNEL = "_kernel_time"
-_LEARNT = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _REORDER = frozenset({"ReorderInput", "ReorderOutput"})  # what onnxruntime adds between layouts
 
 Choice = Mapping[str, tuple[Target, Chain]]  # layer name -> the layer, and what stands in its place
@@ -124,7 +124,7 @@ class Drawing:
         maker = self.makers.get(name)
         if maker is None:
             return "input"
-        if depth == 1 or maker.op in _LEARNT:
+        if depth == 1 or maker.op in LEARNT:
             return maker.op
         return f"{self._before(maker.inputs[0], depth - 1)} > {maker.op}"
 
@@ -136,7 +136,7 @@ class Drawing:
         kept = {node.name for target in targets for node in self.sites(target)}
         for node in self.nodes.values():  # in order: whoever is reached is reached from above
             made = (self.makers.get(name) for name in node.inputs)
-            if node.op not in _LEARNT and any(maker is not None and maker.name in kept for maker in made):
+            if node.op not in LEARNT and any(maker is not None and maker.name in kept for maker in made):
                 kept.add(node.name)
         for node in reversed(self.nodes.values()):
             read = any(reader.name in kept for name in node.outputs for reader in self.readers.get(name, ()))
@@ -156,7 +156,7 @@ class Drawing:
             if kept is not None and node.name not in kept:
                 continue
             target, chain = choice.get(node.layer, (None, ()))
-            if target is not None and node.op in _LEARNT:
+            if target is not None and node.op in LEARNT:
                 _write(sheet, node, target, chain, numbers)
             else:
                 sheet.nodes.append(node)
@@ -258,32 +258,11 @@ class Running:
 
     def times(self, overhead: float) -> list[Times]:
         """Close it: seconds by layer for each run, less the overhead of every kernel."""
-        names = _Names(self._sheet)
+        names = NodeNames(self._sheet)
         return [_by_layer(kernels, names, overhead) for kernels in self.kernels()]
 
 
-class _Names:
-    """Which layer a kernel belongs to: onnxruntime calls it after a node, or after the tensor it ends in."""
-
-    def __init__(self, sheet: Sheet) -> None:
-        self._constants = sheet.constants
-        self._nodes = {node.name: node for node in sheet.nodes}
-        self._makers = {name: node for node in sheet.nodes for name in node.outputs}
-
-    def layer(self, name: str, op: str) -> str:
-        """The layer by a kernel's name and operator; "" where there is none.
-
-        A convolution or product that took what follows into itself is called after the last of that.
-        """
-        node = self._nodes.get(name) or self._makers.get(name)
-        if op.removeprefix("Fused") in _LEARNT:
-            while node is not None and node.op not in _LEARNT:
-                sources = [source for source in node.inputs if source not in self._constants]
-                node = self._makers.get(sources[0]) if len(sources) == 1 else None
-        return node.layer if node is not None else ""
-
-
-def _by_layer(kernels: Sequence[Mapping[str, Any]], names: _Names, overhead: float) -> Times:
+def _by_layer(kernels: Sequence[Mapping[str, Any]], names: NodeNames, overhead: float) -> Times:
     """Sum the kernels of one run by layer; the reordering of a tensor counts for the layer that made it."""
     found: Times = {}
     makers: dict[tuple[int, ...], str] = {}
@@ -292,8 +271,7 @@ def _by_layer(kernels: Sequence[Mapping[str, Any]], names: _Names, overhead: flo
         if args["op_name"] in _REORDER:
             layer = makers.get(_shapes(args["input_type_shape"])[0], "")
         else:
-            name = event["name"].removesuffix(_KERNEL).removesuffix("_nchwc").removeprefix("fused ")
-            layer = names.layer(name, args["op_name"])
+            layer = names.layer(node_name(event["name"]), args["op_name"])
             makers |= dict.fromkeys(_shapes(args["output_type_shape"]), layer)
         found[layer] = found.get(layer, 0.0) + max(event["dur"] / 1e6 - overhead, _LEAST)
     return found

@@ -51,11 +51,20 @@ class Measured:
         return cls(middle, noise, len(samples))
 
 
-def machine(engine: Engine) -> str:
+def conditions(engine: Engine) -> dict[str, Any]:
     """What a time belongs to: processor, release of onnxruntime, threads, provider."""
-    threads = engine.threads or os.cpu_count() or 1
-    release = runtime.onnxruntime.__version__
-    return f"{processor()}; onnxruntime {release}; threads {threads}; {engine.provider}"
+    return {
+        "processor": processor(),
+        "onnxruntime": runtime.onnxruntime.__version__,
+        "threads": engine.threads or os.cpu_count() or 1,
+        "provider": engine.provider,
+    }
+
+
+def machine(engine: Engine) -> str:
+    """What a time belongs to, as the table names it."""
+    here = conditions(engine)
+    return f"{here['processor']}; onnxruntime {here['onnxruntime']}; threads {here['threads']}; {here['provider']}"
 
 
 def processor() -> str:
