@@ -1,0 +1,341 @@
+"""Training with force, clipping and sparsity on real nets and images: ranks at energy 0.95, MACs and test accuracy.
+
+    python benchmarks/train.py SECTION ... --work FOLDER [--shared ../shared]
+    python benchmarks/train.py --table --work FOLDER
+
+Sections: lenet (baseline, force at three strengths of L1 and L2), low_rank (LRA at energy 0.95 with and without, and
+fine-tuning), start (force from a trained and from a random start), together (force, LRA and sparsity on one LeNet),
+cifar (ConvNet with trained weights), resnet (ResNet-20 with trained weights), asymmetric (fine-tuning of an asymmetric
+3-D net).
+Every row is the outcome of ``caffe-lra`` commands, which are printed and kept with it in FOLDER/rows.jsonl; what is there
+is not run again. One thread, seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LENET = ROOT / "models" / "lenet" / "lenet_train_val.prototxt"
+CIFAR = ROOT / "models" / "cifar10_full" / "train_val.prototxt"
+FINETUNE = (
+    'net: "{net}"\ntype: "SGD"\nbase_lr: {rate}\nlr_policy: "fixed"\nmomentum: 0.9\nweight_decay: {decay}\n'
+    "max_iter: {iterations}\ntest_iter: {tests}\ntest_interval: {iterations}\nrandom_seed: 0\nsolver_mode: CPU\n"
+)
+STRENGTHS = {"l2": (0.0005, 0.001, 0.002), "l1": (0.0005, 0.001, 0.002)}
+
+
+class Runs:
+    """The commands of one folder, and the rows that they gave."""
+
+    def __init__(self, work: Path, shared: Path) -> None:
+        self.work, self.data, self.path = work, shared / "data", work / "rows.jsonl"
+        work.mkdir(exist_ok=True)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def caffe_lra(self, *args: str) -> Any:
+        """What a command prints as JSON."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "lra", *args, "--json"]
+        made = subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True)
+        if made.returncode:
+            raise SystemExit(made.stderr.strip())
+        return json.loads(made.stdout)
+
+    def row(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A row by its name, measured where it is not there yet."""
+        for row in self.rows:
+            if row["name"] == name:
+                return row
+        started = perf_counter()
+        row = {"name": name, **work(), "seconds": round(perf_counter() - started, 1)}
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+        return row
+
+    def train(
+        self, name: str, net: Path | str, iterations: int, rate: float, *options: str, decay: float = 0.0005,
+        images: Sequence[str] = (), tests: int = 100,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Train a net; the row has test accuracy and ranks at the end, and the ranks at the start."""
+
+        def work() -> dict[str, Any]:
+            solver = self.work / f"{name}.solver.prototxt"
+            text = FINETUNE.format(
+                net=net, rate=rate, decay=decay, iterations=max(iterations, 1), tests=tests
+            )
+            solver.write_text(text)
+            args = [
+                "train",
+                solver.name,
+                "-o",
+                name,
+                "--max-iter",
+                str(iterations),
+                "--threads",
+                "1",
+                *images,
+                *options,
+            ]
+            args += ["--watch-ranks", "0.95"] if iterations else []
+            found = self.caffe_lra(*args)
+            row = {
+                "command": shown(args),
+                "iterations": iterations,
+                "accuracy": accuracy(found),
+                "loss": found["loss"],
+            }
+            return row | (ranks(self.work / f"{name}.ranks.csv") if iterations else {})
+
+        return self.row(name, work)
+
+    def decompose(self, name: str, net: Path | str, weights: str, *options: str) -> dict[str, Any]:
+        """Decompose a net; the row has ranks and MACs."""
+
+        def work() -> dict[str, Any]:
+            args = ["decompose", str(net), weights, "-o", name, "--threads", "1", *options]
+            found = self.caffe_lra(*args)
+            chosen = {layer["name"]: layer["ranks"] for layer in found["layers"]}
+            return {
+                "command": shown(args),
+                "ranks": chosen,
+                "speedup": found["speedup"],
+                "params": found["params"],
+            }
+
+        return self.row(name, work)
+
+    def mnist(self) -> tuple[str, ...]:
+        """Options that give the images."""
+        folder = self.data / "mnist"
+        return (
+            "--data", str(folder / "train-images-idx3-ubyte.gz"), "--test-data", str(folder / "t10k-images-idx3-ubyte.gz"),
+        )  # fmt: skip
+
+    def cifar(self) -> tuple[str, ...]:
+        """The same; the mean goes to where the nets look for it."""
+        folder = self.data / "cifar10"
+        shutil.copyfile(folder / "mean.binaryproto", self.work / "cifar10_mean.binaryproto")
+        return (
+            "--data",
+            str(folder / "data_batch_*.bin"),
+            "--test-data",
+            str(folder / "test_batch_first1000.bin"),
+        )
+
+
+def shown(args: Sequence[str]) -> str:
+    """A command as the reader may give it."""
+    text = " ".join(["caffe-lra", *args])
+    return re.sub(r"/\S*/(models|data)/", r"\1/", text)
+
+
+def accuracy(found: Any) -> float | None:
+    """The test accuracy that a training ended with."""
+    for test in found["tests"]:
+        for name, value in test["outputs"].items():
+            if "accuracy" in name.lower():
+                return float(value)
+    return None
+
+
+def ranks(path: Path) -> dict[str, Any]:
+    """The first and last row of a rank log."""
+    with path.open(encoding="utf-8") as file:
+        rows = [{key: int(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return {"before": rows[0], "after": rows[-1]}
+
+
+def lenet(runs: Runs) -> None:
+    """Baseline; force at several strengths against fine-tuning without."""
+    _forced(runs, "none")
+    for kind, strengths in STRENGTHS.items():
+        for one in strengths:
+            _forced(runs, f"{kind}_{one:g}")
+
+
+def low_rank(runs: Runs) -> None:
+    """LRA at energy 0.95 of the LeNet that was fine-tuned plainly, and of two with force."""
+    for name in ("none", "l2_0.001", "l1_0.001"):
+        _low_rank(runs, name)
+
+
+def _forced(runs: Runs, name: str) -> None:
+    """The trained LeNet, 1,000 iterations on: "none", or the force's KIND_STRENGTH."""
+    runs.row("lenet", lambda: _baseline(runs, runs.mnist()))
+    force = () if name == "none" else ("--force", name.replace("_", "="), "--force-all")
+    weights = ("--weights", "lenet_iter_2000.caffemodel")
+    runs.train(f"lenet_{name}", LENET, 1000, 0.005, *weights, *force, images=runs.mnist())
+
+
+def _baseline(runs: Runs, images: Sequence[str]) -> dict[str, Any]:
+    args = [
+        "train",
+        str(ROOT / "models/lenet/lenet_solver.prototxt"),
+        "--max-iter",
+        "2000",
+        "-o",
+        "lenet",
+        "--threads",
+        "1",
+    ]
+    args += [*images, "--watch-ranks", "0.95"]
+    found = runs.caffe_lra(*args)
+    tested = runs.train(
+        "lenet_test", LENET, 0, 0.005, "--weights", "lenet_iter_2000.caffemodel", images=images
+    )
+    row = {"command": shown(args), "iterations": 2000, "accuracy": tested["accuracy"], "loss": found["loss"]}
+    return row | ranks(runs.work / "lenet.ranks.csv")
+
+
+def _low_rank(runs: Runs, force: str) -> str:
+    """LRA of such a LeNet at energy 0.95, its accuracy at once, and after 500 iterations of fine-tuning; its name."""
+    _forced(runs, force)
+    shapes = ("--input-shape", "data=100,1,28,28", "--input-shape", "label=100")
+    low = f"lenet_{force}_lra"
+    trained = f"lenet_{force}_iter_1000.caffemodel"
+    runs.decompose(low, LENET, trained, "--scheme", "pca", "--energy", "0.95", *shapes)
+    weights = ("--weights", f"{low}.caffemodel")
+    runs.train(f"{low}_test", f"{low}.prototxt", 0, 0.005, *weights, images=runs.mnist())
+    runs.train(f"{low}_tuned", f"{low}.prototxt", 500, 0.005, *weights, images=runs.mnist())
+    return low
+
+
+def start(runs: Runs) -> None:
+    """Force from a random start, at the force's and at all iterations of the trained start (2,000 + 1,000)."""
+    force = ("--force", "l2=0.001", "--force-all")
+    for iterations in (1000, 3000):
+        runs.train(f"lenet_scratch_{iterations}", LENET, iterations, 0.005, *force, images=runs.mnist())
+
+
+def together(runs: Runs) -> None:
+    """Force, then LRA, then sparsity of filters and weights with removal, on one LeNet."""
+    images, low = runs.mnist(), _low_rank(runs, "l2_0.001")
+    weights = ("--weights", f"{low}_tuned_iter_500.caffemodel")
+    sparsity = ("--sparsify", "filter=0.15", "--sparsify", "l1=0.003", "--remove")
+    runs.train("lenet_together", f"{low}.prototxt", 500, 0.005, *weights, *sparsity, images=images)
+    small = "lenet_together_iter_500_removed"
+    stored = ("--weights", f"{small}.caffemodel")
+    runs.train("lenet_together_test", f"{small}.prototxt", 0, 0.005, *stored, images=images)
+
+
+def cifar(runs: Runs) -> None:
+    """Force on the trained ConvNet against fine-tuning without."""
+    images = runs.cifar()
+    trained = runs.data / "models" / "cifar_v2_yuvval" / "cifar10_full_iter_70000.caffemodel"
+    weights = ("--weights", str(trained))
+    settings: dict[str, Any] = {"images": images, "tests": 10, "decay": 0.004}
+    runs.train("cifar_test", CIFAR, 0, 1e-4, *weights, **settings)
+    for name, force in (
+        ("none", ()), ("l2_0.05", ("--force", "l2=0.05", "--force-all")), ("l1_0.05", ("--force", "l1=0.05", "--force-all")),
+        ("l2_0.2", ("--force", "l2=0.2", "--force-all")),
+    ):  # fmt: skip
+        runs.train(f"cifar_{name}", CIFAR, 200, 1e-4, *weights, *force, **settings)
+
+
+def resnet(runs: Runs) -> None:
+    """Force on the trained ResNet-20, for 300 iterations of 50 images that are not shifted."""
+    folder = runs.data / "models" / "resnet20_cifar10"
+    source = (folder / "res20_cifar_train_test.prototxt").read_text()
+    settings = (
+        'transform_param { mean_file: "cifar10_mean.binaryproto" mirror: true }',
+        'transform_param { mean_file: "cifar10_mean.binaryproto" }',
+    )
+    for one in settings:
+        source = re.sub(
+            r"transform_param \{[^{}]*crop_size[^{}]*\}|transform_param \{[^{}]*mean_pad[^{}]*\}",
+            one,
+            source,
+            count=1,
+        )
+    source = source.replace("batch_size: 100", "batch_size: 50", 1)
+    (runs.work / "resnet.prototxt").write_text(source)
+    weights = ("--weights", str(folder / "ResNet_20.caffemodel"))
+    given: dict[str, Any] = {"images": runs.cifar(), "tests": 10, "decay": 0.0001}
+    runs.train("resnet_test", "resnet.prototxt", 0, 0.001, *weights, **given)
+    runs.train(
+        "resnet_l2", "resnet.prototxt", 300, 0.001, *weights, "--force", "l2=0.005", "--force-all", **given
+    )
+
+
+def asymmetric(runs: Runs) -> None:
+    """Asymmetric 3-D at 3x of the convolutions of the trained ConvNet, and fine-tuning by a small rate."""
+    images = runs.cifar()
+    trained = runs.data / "models" / "cifar_v2_yuvval"
+    weights = str(trained / "cifar10_full_iter_70000.caffemodel")
+    fit = (
+        "--scheme", "asymmetric-3d", "--speedup", "3", "--scope", "conv", "--images", images[1], "--n-images", "1000",
+        "--input-shape", "data=100,3,32,32", "--input-shape", "label=100",
+    )  # fmt: skip
+    runs.decompose("cifar_3d", CIFAR, weights, *fit)
+    given: dict[str, Any] = {"images": images, "tests": 10, "decay": 0.004}
+    small = ("--weights", "cifar_3d.caffemodel")
+    runs.train("cifar_3d_test", "cifar_3d.prototxt", 0, 1e-5, *small, **given)
+    runs.train("cifar_3d_tuned", "cifar_3d.prototxt", 300, 1e-5, *small, **given)
+
+
+SECTIONS = {one.__name__: one for one in (lenet, low_rank, start, together, cifar, resnet, asymmetric)}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a row a run."""
+    lines = [
+        "| run | iterations | seconds | accuracy | ranks before | ranks after | MACs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        before, after = (_ranks(row.get(key, {})) for key in ("before", "after"))
+        after = after or _ranks(row.get("ranks", {}))
+        accuracy_ = "" if row.get("accuracy") is None else f"{row['accuracy']:.4f}"
+        speedup = f"{row['speedup']['macs']:.2f}x" if "speedup" in row else ""
+        cells = (
+            row["name"],
+            str(row.get("iterations", "")),
+            f"{row['seconds']:.0f}",
+            accuracy_,
+            before,
+            after,
+            speedup,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ranks(found: dict[str, Any]) -> str:
+    return " ".join(str(value) for key, value in found.items() if key != "iteration")
+
+
+def main() -> int:
+    """Run sections, or print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []])
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is made")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--table", action="store_true")
+    o = parser.parse_args()
+    runs = Runs(o.work.resolve(), o.shared.resolve())
+    for name in o.sections:
+        SECTIONS[name](runs)
+    if o.table:
+        print(table(runs.rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
