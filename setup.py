@@ -49,6 +49,7 @@ setup(
     extras_require={
         "train": ["torch>=2.1"],
         "gpu": ["onnxruntime-gpu>=1.17.3"],  # and then without onnxruntime, see README.md
+        "report": ["matplotlib>=3.8"],
         "bench": ["opencv-python-headless<5", "matplotlib>=3.8", "torch-pruning>=1.5"],
         "test": [
             "pytest>=8",

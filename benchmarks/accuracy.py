@@ -33,7 +33,7 @@ from lra.targets import Spectra
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEEDUPS = {"squeezenet": [1.2, 1.5]}
-SELECTIONS = ("exact", "uniform", "paper")
+SELECTIONS = ("exact", "measured", "uniform", "paper")
 ORIGINAL = "original"
 
 
@@ -43,18 +43,18 @@ class Recipe:
 
     scheme: str
     solver: str | None = None
-    selections: tuple[str, ...] = SELECTIONS
+    selections: tuple[str, ...] = tuple(name for name in SELECTIONS if name != "measured")
 
 
 RECIPES = {
     "pca, weights": Recipe("pca"),
     "spatial, weights": Recipe("spatial"),
     "pca": Recipe("pca", "asymmetric"),
-    "spatial": Recipe("spatial", "asymmetric"),
+    "spatial": Recipe("spatial", "asymmetric", SELECTIONS),
     "response linear": Recipe("response", "linear"),
     "response symmetric": Recipe("response", "symmetric"),
-    "response asymmetric": Recipe("response", "asymmetric"),
-    "asymmetric-3d": Recipe("asymmetric-3d", "asymmetric"),
+    "response asymmetric": Recipe("response", "asymmetric", SELECTIONS),
+    "asymmetric-3d": Recipe("asymmetric-3d", "asymmetric", SELECTIONS),
     "auto": Recipe("auto", "asymmetric", ("exact",)),
 }
 NAMES = {name.replace(", ", "-").replace(" ", "-"): name for name in RECIPES}

@@ -24,7 +24,7 @@ from .decomposition import Decomposition
 from .linalg import AffineMap, from_moments
 from .ranks import Option
 from .responses import Job, Ticks
-from .schemes import response, spatial
+from .schemes import asymmetric3d, response, spatial
 from .stats import Moments
 from .targets import Found, Spectra, Target
 
@@ -95,23 +95,29 @@ class Study:
             return float(found.low[at[0]])
         return float(found.pair[at[0]] if len(at) == 1 else found.both[at[0], at[1]])
 
-    def options(self, target: Target, round_to: int) -> list[Option]:
-        """Leaving a layer alone, and every treatment of it that is cheaper."""
+    def options(self, target: Target, round_to: int, scheme: str | None = None) -> list[Option]:
+        """Leaving a layer alone, and every treatment of it that is cheaper; by one scheme, or by any."""
         found, group = self.errors[target.name], target.geometry.group
         made = [Option(float(target.macs), 0.0, None)]
-        made += options.singles(target, response.RESPONSE, round_to, self.loss(target, found.low))
+        if scheme in (None, response.RESPONSE.name):
+            made += options.singles(target, response.RESPONSE, round_to, self.loss(target, found.low))
         if found.pair is None or found.both is None:
             return made
-        made += options.singles(target, spatial.SPATIAL, round_to, self.loss(target, found.pair))
-        losses = self.loss(target, found.both)
-        whole = target.shape[0] // group
-        reach = len(losses)
+        pair = self.loss(target, found.pair)
+        if scheme in (None, spatial.SPATIAL.name):
+            made += options.singles(target, spatial.SPATIAL, round_to, pair)
+        losses, whole, reach = self.loss(target, found.both), target.shape[0] // group, len(pair)
+        merged = np.full_like(pair, np.inf) if scheme is None else pair  # one of any is the spatial scheme's
 
         def loss(inner: NDArray[np.intp], outer: NDArray[np.intp]) -> Array:
-            known = np.where(inner <= reach, losses[np.minimum(inner, reach) - 1, outer - 1], np.inf)
-            return np.where(outer == whole, np.inf, known)  # that is the spatial scheme
+            at = np.minimum(inner, reach) - 1
+            return np.where(
+                inner <= reach, np.where(outer == whole, merged[at], losses[at, outer - 1]), np.inf
+            )
 
-        return made + options.pairs(target, round_to, loss, same=False)
+        if scheme in (None, asymmetric3d.ASYMMETRIC_3D.name):
+            made += options.pairs(target, round_to, loss, same=False)
+        return made
 
 
 def _start(target: Target, spectra: Spectra) -> Job:

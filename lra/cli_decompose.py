@@ -192,10 +192,11 @@ def _counted(batches: Batches, step: Callable[[int], None]) -> Iterator[np.ndarr
 @click.option(
     "--rank-selection",
     "selection",
-    type=click.Choice(["exact", "paper", "uniform"]),
+    type=click.Choice(["exact", "measured", "paper", "uniform"]),
     default="exact",
     show_default=True,
-    help="How --speedup chooses ranks: exact, of all schemes allowed; paper: the first-order rule of Zhang et al.; "
+    help="How --speedup chooses ranks: exact, by the energy kept; measured, by errors on --images (auto does that by "
+    "itself); paper: the first-order rule of Zhang et al.; "
     "uniform: every layer as much faster.",
 )
 @click.option("--same-ranks", is_flag=True, help="asymmetric-3d with d'' = d', as He's tool has it.")

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 AUTO = ("pca", "spatial")
 NEED_IMAGES = ("response", "asymmetric-3d")
 SCOPES = ("all", "conv", "eligible")
-SELECTIONS = ("exact", "paper", "uniform")
+SELECTIONS = ("exact", "measured", "paper", "uniform")
+RULES = ("paper", "uniform")
+MEASURED = ("spatial", "response", "asymmetric-3d")
 COSTS = ("macs", "latency")
 EXCEPTED = "excepted"
 RankConfig = Mapping[str, Any]
@@ -126,7 +128,8 @@ def make_plan(
     weight energies) over all schemes allowed. A layer that would not get cheaper is kept, with the reason,
     unless ``even_if_slower``. ``round_to``: ranks are multiples of it.
 
-    ``selection``, of ranks for a ``speedup``: "exact" as above; "paper": by the first-order measure of Zhang et
+    ``selection``, of ranks for a ``speedup``: "exact" as above; "measured": by errors measured on images, as
+    "auto" does; "paper": by the first-order measure of Zhang et
     al.; "uniform": every layer as much faster. ``same_ranks``: d'' = d' in asymmetric 3-D, as He's tool has it.
 
     ``images`` (a Calibration, an array (N, C, H, W) as the net wants it, or arrays by blob): the plan asks that
@@ -143,7 +146,9 @@ def make_plan(
 
     Raises UsageError, PlanError or WeightsError, each naming layer and figure.
     """
-    _check_request(scheme, style, scope, round_to, selection, cost, speedup, energy, ranks, rank_config)
+    _check_request(
+        scheme, style, scope, round_to, selection, cost, speedup, energy, ranks, rank_config, images
+    )
     if scheme in NEED_IMAGES and images is None:
         raise UsageError(f"the {scheme} scheme fits responses", hint="give images (--images)")
     if images is not None and (model.weights is None or scheme == "kmeans"):
@@ -164,6 +169,10 @@ def make_plan(
 
         calibration = Calibration.of(found.shaped.graph, images)
         targets = _fittable(found, targets, kept)
+    if scheme == ASYMMETRIC_3D.name and ranks is None and rank_config is None:
+        flat = [target.name for target in targets if target.shape[2:] == (1, 1)]
+        kept.update(dict.fromkeys(flat, "its kernel is 1 x 1: nothing to separate"))
+        targets = [target for target in targets if target.name not in flat]
     if not targets:
         raise UsageError("no layer is left to decompose", path=model.net.path, hint=_why(kept))
     job = _Job(found, spectra, scheme, round_to, even_if_slower, kept, selection, same_ranks)
@@ -175,7 +184,9 @@ def make_plan(
         if cost == "latency":
             targets = job.counted(targets, scope)
             job.price_in_time(engine, latency)
-        if calibration is not None and scheme == "auto" and selection == "exact":
+        if calibration is not None and (
+            selection == "measured" or (scheme == "auto" and selection == "exact")
+        ):
             from .auto import Study
 
             targets = job.counted(targets, scope)
@@ -188,7 +199,7 @@ def make_plan(
         job.prices.measure(targets, job.all_schemes(targets), lambda: step(1))
     if speedup is not None:
         layers = job.by_speedup(targets, speedup, scope)
-        if job.study is not None and calibration is not None:
+        if job.study is not None and calibration is not None and scheme == "auto":
             layers = _best(job, layers, targets, speedup, scope, refit_kept is not False, calibration, step)
     elif energy is not None:
         layers, target = job.by_energy(targets, energy), {"energy": energy}
@@ -198,7 +209,7 @@ def make_plan(
         layers, target = job.by_config(targets, rank_config or {}), {"rank_config": True}
     if calibration is not None:
         chosen |= {"fit": calibration.record()} | ({"solver": solver} if solver != "asymmetric" else {})
-        if refit_kept or (refit_kept is None and job.study is not None):
+        if refit_kept or (refit_kept is None and scheme == "auto" and job.study is not None):
             layers = _refitted(found, layers, kept)
             kept = {name: reason for name, reason in kept.items() if name not in layers}
     if job.predicted is not None:
@@ -270,7 +281,7 @@ def _why(kept: Mapping[str, str]) -> str | None:
 
 def _check_request(
     scheme: str, style: str, scope: str, round_to: int, selection: str, cost: str,
-    speedup: float | None, energy: float | None, ranks: object, rank_config: object,
+    speedup: float | None, energy: float | None, ranks: object, rank_config: object, images: object,
 ) -> None:  # fmt: skip
     for value, known, what in (
         (scheme, ("auto", *ALL_SCHEMES), "scheme"),
@@ -292,10 +303,15 @@ def _check_request(
         raise UsageError(f"cannot round ranks to multiples of {round_to}")
     if ranks is not None and scheme == "auto":
         raise UsageError("ranks need a named scheme", hint="add --scheme " + "|".join(ALL_SCHEMES))
-    if selection != "exact" and (speedup is None or scheme == "auto" or round_to > 1):
+    if selection in RULES and (speedup is None or scheme == "auto" or round_to > 1):
         raise UsageError(
             f'ranks by "{selection}" need a named scheme and a speed-up, and cannot be rounded',
             hint="add --scheme and --speedup, leave out --round-to",
+        )
+    if selection == "measured" and (speedup is None or scheme not in MEASURED or images is None):
+        raise UsageError(
+            "ranks by measured errors need images, a speed-up and one of the schemes " + ", ".join(MEASURED),
+            hint="auto with images measures by itself",
         )
     if cost == "latency" and (speedup is None or selection != "exact" or scope == "conv"):
         raise UsageError(
@@ -364,13 +380,13 @@ class _Job:
         total, eligible = self._totals(targets, scope)
         fixed, budget = total - eligible, float(Fraction(total) / Fraction(speedup))
         try:
-            if self.selection != "exact":
+            if self.selection in RULES:
                 return self._by_rule(targets, speedup, fixed, budget)
             tied = _tied(targets)
             options = [_alike([self.options(target) for target in group]) for group in tied]
             chosen = policy.allocate(options, budget - fixed)
         except Infeasible as error:
-            smallest = error.smallest + (fixed if self.selection == "exact" else 0)
+            smallest = error.smallest + (0 if self.selection in RULES else fixed)
             where = {"all": "whole net", "conv": "convolutions", "eligible": "layers to decompose"}[scope]
             how, what = ("the smallest ranks", "MACs") if self.prices is None else ("best", "time")
             raise UsageError(
@@ -439,7 +455,7 @@ class _Job:
         if self.prices is not None:
             return self.prices.options(target, self.schemes(target), self._loss)
         if self.study is not None:
-            return self.study.options(target, self.round_to)
+            return self.study.options(target, self.round_to, None if self.scheme == "auto" else self.scheme)
         made = [Option(float(target.macs), 0.0, None)]
         for scheme in self.schemes(target):
             made += options(target, scheme, self.spectra, self.round_to, self.same_ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nets
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import caffe_proto as cp
 import lra
+from caffe_proto.errors import UsageError
 from caffe_proto.graph import build
 from caffe_proto.model import Model
 from caffe_proto.runtime import Engine
@@ -279,3 +281,40 @@ def test_sampled_spectra_are_principal_components(case: Case) -> None:
         values = [np.linalg.svd(one - one.mean(axis=0), compute_uv=False) ** 2 / len(one) for one in parts]
         energies = spectra.get(target, ALL_SCHEMES["response"]).energies
         np.testing.assert_allclose(energies, values, rtol=1e-4, atol=1e-6 * float(np.max(values)))
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "response", "asymmetric-3d"])
+def test_measured_ranks_are_those_of_least_predicted_harm(model: Model, scheme: str) -> None:
+    calibration = Calibration.of(build(model.net), X, positions=30, threads=1)
+    found = find(model)
+    asked = {"scheme": scheme, "speedup": 1.4, "scope": "conv", "images": calibration, "found": found}
+    plan = lra.make_plan(model, selection="measured", **asked)  # type: ignore[arg-type]
+    assert {entry.scheme for entry in plan.layers.values()} == {scheme}
+    exact = lra.make_plan(model, **asked)  # type: ignore[arg-type]
+    spectra = Spectra(found)
+    targets = [found.targets[name] for name in found.targets if not found.targets[name].dense]
+    study = Study(found, spectra, calibration, targets, lambda _images: None)
+
+    def loss(made: lra.Plan) -> float:
+        parts = ((found.targets[name], one) for name, one in made.layers.items())
+        return sum(
+            float(study.loss(target, np.array(study.error(target, scheme, one.ranks))))
+            for target, one in parts
+        )
+
+    assert loss(plan) <= loss(exact) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("asked", "images"),
+    [
+        ({"scheme": "spatial", "speedup": 2.0}, None),
+        ({"scheme": "pca", "speedup": 2.0}, X),
+        ({"scheme": "spatial", "energy": 0.9}, X),
+    ],
+)
+def test_measured_ranks_need_images_a_speedup_and_a_scheme(
+    model: Model, asked: dict[str, Any], images: np.ndarray | None
+) -> None:
+    with pytest.raises(UsageError, match="ranks by measured errors need"):
+        lra.make_plan(model, selection="measured", images=images, **asked)

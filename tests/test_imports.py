@@ -53,7 +53,7 @@ ORDER = (
     hrank.planner hrank.masking hrank.repair hrank.compare
     hrank
     caffe_proto.console caffe_proto.array_files caffe_proto.cli_train caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli
-    lra.demo lra.outputs lra.cli_decompose hrank.outputs hrank.joint hrank.cli lra.train_report lra.cli_train lra.cli lra.__main__
+    lra.demo lra.outputs lra.cli_decompose hrank.outputs hrank.joint hrank.cli lra.report lra.report_plots lra.report_diagram lra.report_html lra.cli_report lra.train_report lra.cli_train lra.cli lra.__main__
     """
 ).split()
 
@@ -82,6 +82,7 @@ CONFINED = {
         "lra.polish_torch",
         "lra.train_hooks",
     },  # fmt: skip
+    "matplotlib": {"lra.report_plots", "lra.train_hooks"},
     "PIL": {"caffe_proto.data.pictures"},
     "lmdb": {"caffe_proto.data.datums", "caffe_proto.data.build"},
 }
