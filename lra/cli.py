@@ -25,6 +25,7 @@ from hrank.cli import prune
 
 from . import outputs
 from .cli_decompose import STYLE_NAMES, calibration_options, decompose, read_calibration
+from .cli_report import report
 from .cli_train import train
 
 
@@ -144,7 +145,7 @@ def demo(folder: str, threads: int) -> None:
     run(Path(folder), threads, main)
 
 
-for _command in (decompose, prune, train, *CAFFE_COMMANDS):
+for _command in (decompose, prune, train, report, *CAFFE_COMMANDS):
     cli.add_command(_command)
 
 

@@ -81,7 +81,7 @@ CONFINED = {
         "caffe_proto.train",
         "lra.polish_torch",
         "lra.train_hooks",
-    },  # fmt: skip
+    },
     "matplotlib": {"lra.report_plots", "lra.train_hooks"},
     "PIL": {"caffe_proto.data.pictures"},
     "lmdb": {"caffe_proto.data.datums", "caffe_proto.data.build"},
