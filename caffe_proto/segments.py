@@ -19,9 +19,14 @@ from .onnx_export import Export, to_onnx
 from .runtime import Engine, open_onnx
 from .shape_inference import Shaped
 
+_KEPT = 4  # compiled parts
+
 
 class Segments:
-    """Runs parts of one graph; a part is compiled when first asked for. ``blobs`` as ``binding.bind`` gives them."""
+    """Runs parts of one graph; a part is compiled when first asked for. ``blobs`` as ``binding.bind`` gives them.
+
+    The parts used last stay compiled; each holds its weights and the memory of a forward pass.
+    """
 
     def __init__(self, shaped: Shaped, blobs: Mapping[int, Arrays], engine: Engine) -> None:
         self.shaped = shaped
@@ -52,9 +57,10 @@ class Segments:
         wanted = tuple(value for value in outputs if value not in inputs)
         if wanted:
             key = (frozenset(inputs), wanted)
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(key[0], wanted)
-            session = self._compiled[key]
+            session = self._compiled.pop(key, None) or self._compile(key[0], wanted)
+            self._compiled[key] = session  # the latest last
+            while len(self._compiled) > _KEPT:
+                del self._compiled[next(iter(self._compiled))]
             feeds = {node.name: inputs[_value(node.name)] for node in session.get_inputs()}
             made.update(zip(wanted, session.run([_name(value) for value in wanted], feeds), strict=True))
         return made

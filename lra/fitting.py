@@ -81,6 +81,10 @@ def fit_layers(
             f"{named}: fewer samples than unknowns an output, the weights decide the rest; "
             "more --n-images or --positions would help",
         )
+    for name, target in targets.items():
+        other = walker.behind(target).passed_over
+        if other:
+            warnings += (f"{name}: followed by {other}, which no fit knows: fitted in front of it",)
     solver = str(plan.target.get("solver", SOLVERS[0]))
 
     def solve(*what: Any) -> Fitted:

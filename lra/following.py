@@ -24,13 +24,20 @@ Array = np.ndarray
 class Following:
     """``scale``, ``shift``: (d,). ``slope``: (d,) of the activation's negative side, None where there is none.
 
-    ``shortcut``: the value added before the activation, or None.
+    ``shortcut``: the value added before the activation, or None. ``passed_over``: the type of an activation that
+    follows and that no fit knows; then the responses in front of it are what counts.
     """
 
     scale: Array
     shift: Array
     slope: Array | None = None
     shortcut: Value | None = None
+    passed_over: str = ""
+
+
+_OTHER_ACTIVATIONS = frozenset(
+    {"AbsVal", "BNLL", "ELU", "Exp", "Log", "Power", "Sigmoid", "Swish", "TanH", "Threshold"}
+)
 
 
 def following(shaped: Shaped, blobs: Mapping[int, Arrays], index: int) -> Following:
@@ -55,7 +62,8 @@ def following(shaped: Shaped, blobs: Mapping[int, Arrays], index: int) -> Follow
         elif isinstance(node.params, PoolParams) and node.params.method == "MAX" and not node.params.mask:
             pooled = True  # the largest of activations is the activation of the largest
         else:
-            return replace(found, slope=_slope(node, blobs.get(reader, ()), channels))
+            unknown = node.layer.type if node.layer.type in _OTHER_ACTIVATIONS else ""
+            return replace(found, slope=_slope(node, blobs.get(reader, ()), channels), passed_over=unknown)
         value = Value(reader, 0)
 
 

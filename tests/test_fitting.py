@@ -780,3 +780,19 @@ def test_images_of_several_inputs_must_be_as_many() -> None:
         lra.make_plan(model, images=left, **given)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match='40 images for "left", 30 images for "right"'):
         lra.make_plan(model, images={"left": left, "right": right[:30]}, **given)  # type: ignore[arg-type]
+
+
+def test_an_activation_that_no_fit_knows_is_reported() -> None:
+    model = nets.model(
+        nets.inputs(data=(1, 4, 9, 9))
+        + """
+layer { name: "a" type: "Convolution" bottom: "data" top: "a" convolution_param { num_output: 12 kernel_size: 3 } }
+layer { name: "s" type: "Sigmoid" bottom: "a" top: "a" }
+layer { name: "b" type: "Convolution" bottom: "a" top: "b" convolution_param { num_output: 12 kernel_size: 3 } }
+layer { name: "r" type: "ReLU" bottom: "b" top: "b" }
+"""
+    )
+    x = np.random.default_rng(0).standard_normal((40, 4, 9, 9)).astype(np.float32)
+    plan = lra.make_plan(model, scheme="spatial", speedup=1.5, images=x, refit_kept=True)
+    _, report = lra.apply(plan, model, images=x)
+    assert report.warnings == ("a: followed by Sigmoid, which no fit knows: fitted in front of it",)

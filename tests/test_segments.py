@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nets
 import numpy as np
 import pytest
 
@@ -73,3 +74,19 @@ def test_what_is_missing_is_named() -> None:
     parts = segments(Model(parse((MODELS / "lenet/lenet.prototxt").read_text())))
     with pytest.raises(Error, match='the input "data" is not given'):
         parts.run({}, [Value(3, 0)])
+
+
+def test_only_the_parts_used_last_stay_compiled() -> None:
+    built = graph.build(parse(nets.inputs(data=(1, 2, 4, 4)) + "".join(
+        f'layer {{ name: "p{i}" type: "Power" bottom: "{f"p{i - 1}" if i else "data"}" top: "p{i}" '
+        f"power_param {{ shift: {i + 1} }} }}\n"
+        for i in range(8)
+    )))  # fmt: skip
+    parts = Segments(infer(built), {}, Engine(1))
+    x = np.arange(32, dtype=np.float32).reshape(1, 2, 4, 4)
+    ends = [Value(i + 1, 0) for i in range(8)]
+    for _ in range(2):  # what was let go is compiled again
+        for count, end in enumerate(ends, 1):
+            (made,) = parts.run({Value(0, 0): x}, [end]).values()
+            np.testing.assert_array_equal(made, x + count * (count + 1) / 2)
+    assert len(parts._compiled) == 4
