@@ -29,7 +29,8 @@ from .targets import Found, Spectra, Target
 Array = np.ndarray
 
 HELD_OUT = 0.1  # of the samples, the last images: they choose the iterate and give the error
-FEW = (1e-4, 1e-2, 1.0)  # ridges tried too where samples are few
+FEW = (1e-4, 1e-2, 1.0)  # ridges tried too where samples are few:
+FEW_FOR = 2  # fewer than so many an unknown
 SOLVERS = ("asymmetric", "symmetric", "linear")
 
 
@@ -193,7 +194,7 @@ def solve_layer(
     for taken, rows in zip(np.split(features, free.group, axis=1), rows_of, strict=True):
         options: Any = _activation(behind, rows) | ({"schedule": ()} if linear else {})
         flat = taken.reshape(len(taken), -1)
-        few = judged and len(flat) * (1 - HELD_OUT) < jobs.ENOUGH * flat.shape[1]
+        few = judged and len(flat) * (1 - HELD_OUT) < FEW_FOR * flat.shape[1]
         tried = [
             nonlinear.fit_features(
                 flat,
