@@ -182,6 +182,8 @@ def joined(device: str) -> Iterator[tuple[Peers, str]]:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Peers(torch.distributed.get_rank(), torch.distributed.get_world_size()), device
+        if mine:
+            torch.distributed.barrier()  # none may leave while another still talks to it
     finally:
         if mine:
             torch.distributed.destroy_process_group()
