@@ -75,6 +75,16 @@ def parse_shape(value: str) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 
+def refuse(said: set[str] | frozenset[str], why: str, spelt: Mapping[str, str]) -> None:
+    """Raise UsageError on the first of the options that were given and would be ignored.
+
+    ``spelt``: options that are called otherwise on the command line.
+    """
+    for name in sorted(said):
+        option = spelt.get(name, name.rstrip("_"))
+        raise UsageError(f"--{option.replace('_', '-')} {why}")
+
+
 def load_model(net: str, weights: str | None, phase: str, stages: Sequence[str], level: int) -> Model:
     """The model that the common options name."""
     return load(net, weights, phase=phase, stages=tuple(stages), level=level)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from caffe_proto import console
-from caffe_proto.cli_data import image_options, prepared
+from caffe_proto.cli_data import image_options
 from caffe_proto.console import (
     input_shape_option,
     json_option,
@@ -22,15 +22,14 @@ from caffe_proto.console import (
 )
 from caffe_proto.errors import UsageError
 from lra import outputs as files_of
-from lra.cli_decompose import layer_names
+from lra.cli_decompose import layer_names, read_calibration
 
 from . import outputs
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from caffe_proto.data.batches import Batches
-    from caffe_proto.latency import Timing
+    from caffe_proto.data.batches import Batch
     from caffe_proto.model import Model
     from lra.calibration import Calibration
     from lra.stage import Stage
@@ -350,9 +349,7 @@ class _Prune:
 
     def _refuse(self, options: set[str], why: str) -> None:
         """Refuse options that would be ignored."""
-        for name in sorted(options & self.said):
-            option = {"time_it": "time"}.get(name, name.rstrip("_"))
-            raise UsageError(f"--{option.replace('_', '-')} {why}")
+        console.refuse(options & self.said, why, {"time_it": "time"})
 
     @property
     def _repairs(self) -> list[str]:
@@ -474,31 +471,14 @@ class _Prune:
         """The images that the options name, as the net wants them."""
         import numpy as np
 
-        from caffe_proto.data import open_source
-        from caffe_proto.data.batches import Batches
-        from caffe_proto.evaluation import image_input, input_shape
-        from caffe_proto.graph import build
-        from lra.calibration import Calibration, keep
-
-        shape = input_shape(model, self.input_shapes)
-        transform = prepared(model, shape, self.mean, self.scale, self.crop, self.resize, self.bgr)
         labels: list[np.ndarray] = []
-        with open_source(
-            str(self.images), root=self.root, resize=transform.resize, color=transform.color
-        ) as source:
-            batches = Batches(
-                source, transform, n_images=self.n_images, seed=self.seed,
-                shape=None if shape is None else shape[1:], skip_bad=self.skip_bad,
-            )  # fmt: skip
-            with console.progress("reading images", batches.n_images, "images") as step:
-                array = keep(_noted(batches, labels, step), stage)
-        for bad in batches.skipped:
-            click.echo(f"left out: {bad}", err=True)
-        if array is None:
-            raise UsageError("none of its images can be read", path=self.images)
-        graph = build(model.net)
-        blob = graph.blob(image_input(graph))
-        calibration = Calibration({blob: array}, self.positions or 0, self.seed, self.threads, stage)
+
+        def note(batch: Batch) -> None:
+            if batch.labels is not None:
+                labels.append(batch.labels)
+
+        calibration = read_calibration(model, vars(self), stage, note)
+        (array,) = calibration.images.values()
         return _Images(array, np.concatenate(labels) if labels else None, calibration)
 
     # Changing --------------------------------------------------------------------------------------------------
@@ -606,13 +586,22 @@ class _Prune:
             text, total = Joint(plan, second), (report.macs[0], rest.macs[1])
         files = files_of.names(str(self.prefix), weights=True, onnx=self.onnx)
         subjects = (
-            self._subjects(model, changed) if self.time_it else []
+            files_of.subjects((self.net, f"{self.prefix}.prototxt"), (model, changed), self.input_shapes)
+            if self.time_it
+            else []
         )  # what can fail comes before the writing
         counted = self._counted(coupling, plan)
         files_of.write(files, changed, text, self._inputs(), self.plan_file, self.input_shapes)
         self._check_written(files, total[1] if total else report.macs[1])
         said = outputs.Said(
-            report, files, self.mask_only, counted, warnings, repairs, self._times(subjects), total
+            report,
+            files,
+            self.mask_only,
+            counted,
+            warnings,
+            repairs,
+            files_of.times(subjects, self.threads),
+            total,
         )
         if self.as_json:
             console.echo_json(outputs.document(said, trials))
@@ -666,22 +655,6 @@ class _Prune:
         from . import rates
 
         return rates.layout(coupling, self.rates_as).kept(rates.parse(self.rates), counted=True)
-
-    def _subjects(self, model: Model, changed: Model) -> list[Any]:
-        from caffe_proto import latency
-        from caffe_proto.onnx_export import Request
-
-        request = Request(input_shapes=self.input_shapes)
-        return [
-            latency.of_model(name, one, request)
-            for name, one in ((self.net, model), (f"{self.prefix}.prototxt", changed))
-        ]
-
-    def _times(self, subjects: list[Any]) -> list[Timing]:
-        from caffe_proto import latency
-        from caffe_proto.runtime import Engine
-
-        return latency.measure(subjects, Engine(self.threads)) if subjects else []
 
     # Dry run ---------------------------------------------------------------------------------------------------
 
@@ -749,14 +722,6 @@ class _Prune:
         if self.plan_file is not None:
             return self._given_plan.keep
         return coupling.choose(sizes.groups) if sizes is not None else {}
-
-
-def _noted(batches: Batches, labels: list[np.ndarray], step: Callable[[int], None]) -> Iterator[np.ndarray]:
-    for batch in batches:
-        if batch.labels is not None:
-            labels.append(batch.labels)
-        yield batch.images
-        step(len(batch.images))
 
 
 def _scored(coupling: Coupling, sizes: Sizes) -> list[str]:

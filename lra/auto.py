@@ -57,7 +57,6 @@ class Study:
     def __init__(
         self, found: Found, spectra: Spectra, calibration: Calibration, targets: Sequence[Target], step: Ticks
     ) -> None:
-        self.targets, self._spectra = targets, spectra
         walker = calibration.walker(found)
         samples = walker.sample(targets, calibration.stage, calibration.key(found), step)
         starts = {target.name: _start(target, spectra) for target in targets}

@@ -27,8 +27,8 @@ from . import outputs
 if TYPE_CHECKING:
     import numpy as np
 
-    from caffe_proto.data.batches import Batches
-    from caffe_proto.latency import Subject, Timing
+    from caffe_proto.data.batches import Batch, Batches
+    from caffe_proto.latency import Subject
     from caffe_proto.model import Model
     from caffe_proto.runtime import Engine
 
@@ -96,8 +96,13 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return image_options(positions(function), required=False, n_images=2000)
 
 
-def read_calibration(model: Model, given: Mapping[str, Any], stage: Stage) -> Calibration:
-    """The images that the options of ``calibration_options`` name, as the net wants them, in a file of the stage."""
+def read_calibration(
+    model: Model, given: Mapping[str, Any], stage: Stage, note: Callable[[Batch], None] = lambda _batch: None
+) -> Calibration:
+    """The images that the options of ``calibration_options`` name, as the net wants them, in a file of the stage.
+
+    ``note`` is told of every batch read, labels included.
+    """
     from caffe_proto.data import open_source
     from caffe_proto.data.batches import Batches
     from caffe_proto.evaluation import image_input, input_shape
@@ -116,7 +121,7 @@ def read_calibration(model: Model, given: Mapping[str, Any], stage: Stage) -> Ca
             source, transform, n_images=count, seed=seed, shape=inputs, skip_bad=given["skip_bad"]
         )
         with console.progress("reading images", batches.n_images, "images") as step:
-            images = keep(_counted(batches, step), stage)
+            images = keep(_counted(batches, step, note), stage)
     for bad in batches.skipped:
         click.echo(f"left out: {bad}", err=True)
     if images is None:
@@ -126,8 +131,11 @@ def read_calibration(model: Model, given: Mapping[str, Any], stage: Stage) -> Ca
     return Calibration({blob: images}, given["positions"] or 0, seed, given["threads"], stage)
 
 
-def _counted(batches: Batches, step: Callable[[int], None]) -> Iterator[np.ndarray]:
+def _counted(
+    batches: Batches, step: Callable[[int], None], note: Callable[[Batch], None]
+) -> Iterator[np.ndarray]:
     for batch in batches:
+        note(batch)
         yield batch.images
         step(len(batch.images))
 
@@ -364,7 +372,11 @@ class _Decompose:
             if stage is not None and (self.plan_only or sys.exc_info()[0] is not None):
                 stage.finish()
         reference = self._reference(model) if self.compare else None  # what can fail comes before the writing
-        subjects = self._subjects(model, changed) if self.time_it else []
+        subjects = (
+            outputs.subjects((self.net, f"{self.prefix}.prototxt"), (model, changed), self.input_shapes)
+            if self.time_it
+            else []
+        )
         files = self._write(changed, plan)
         if stage is not None:
             stage.finish()
@@ -481,9 +493,7 @@ class _Decompose:
 
     def _refuse(self, options: set[str], why: str) -> None:
         """Refuse options that would be ignored."""
-        for name in sorted(options & self.said):
-            option = {"selection": "rank_selection"}.get(name, name.rstrip("_"))
-            raise UsageError(f"--{option.replace('_', '-')} {why}")
+        console.refuse(options & self.said, why, {"selection": "rank_selection"})
 
     def _plan(
         self,
@@ -572,7 +582,7 @@ class _Decompose:
         if after.macs != report.macs[1] or after.params != report.params[1]:
             raise AssertionError("the written files do not cost what was planned")
         apart = self._apart(written, reference) if reference is not None else {}
-        times = self._times(subjects) if subjects else []
+        times = outputs.times(subjects, self.threads)
         if self.as_json:
             console.echo_json(outputs.document(report, files, apart, times))
         else:
@@ -609,19 +619,3 @@ class _Decompose:
             name: float(difference / norm) if norm else float(difference)
             for name, (difference, norm) in norms.items()
         }
-
-    def _subjects(self, model: Model, changed: Model) -> list[Subject]:
-        from caffe_proto import latency
-        from caffe_proto.onnx_export import Request
-
-        request = Request(input_shapes=self.input_shapes)
-        names = (self.net, f"{self.prefix}.prototxt")
-        return [
-            latency.of_model(name, one, request) for name, one in zip(names, (model, changed), strict=True)
-        ]
-
-    def _times(self, subjects: list[Subject]) -> list[Timing]:
-        from caffe_proto import latency
-        from caffe_proto.runtime import Engine
-
-        return latency.measure(subjects, Engine(self.threads))

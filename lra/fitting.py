@@ -112,7 +112,7 @@ def ticks(plan: Plan, calibration: Calibration) -> int:
 def _key(plan: Plan, found: Found, calibration: Calibration) -> str:
     """What a fit depends on."""
     layers = {name: [entry.scheme, *entry.ranks] for name, entry in plan.layers.items()}
-    said = json.dumps([calibration.key(found), layers, plan.target.get("solver")])
+    said = json.dumps([calibration.key(found), layers, plan.target.get("solver")], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 

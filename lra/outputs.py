@@ -10,7 +10,7 @@ import click
 from caffe_proto import console, files
 
 if TYPE_CHECKING:
-    from caffe_proto.latency import Timing
+    from caffe_proto.latency import Subject, Timing
     from caffe_proto.model import Model
     from caffe_proto.shape_inference import InputShapes
 
@@ -66,6 +66,23 @@ def _ratio(pair: tuple[float, float]) -> float:
 
 def _time_line(what: str, pair: tuple[float, float]) -> str:
     return f"{what:20}{pair[0]:>14.3f} ms -> {pair[1]:>12.3f} ms  {_ratio(pair):.3f}x"
+
+
+def subjects(names: Sequence[str], models: Sequence[Model], shapes: InputShapes) -> list[Subject]:
+    """The nets before and after, to be timed."""
+    from caffe_proto import latency
+    from caffe_proto.onnx_export import Request
+
+    request = Request(input_shapes=shapes)
+    return [latency.of_model(name, one, request) for name, one in zip(names, models, strict=True)]
+
+
+def times(subjects: list[Subject], threads: int) -> list[Timing]:
+    """Their times, side by side; nothing where there is nothing to time."""
+    from caffe_proto import latency
+    from caffe_proto.runtime import Engine
+
+    return latency.measure(subjects, Engine(threads)) if subjects else []
 
 
 def document(

@@ -200,7 +200,8 @@ def make_plan(
     if speedup is not None:
         layers = job.by_speedup(targets, speedup, scope)
         if job.study is not None and calibration is not None and scheme == "auto":
-            layers = _best(job, layers, targets, speedup, scope, refit_kept is not False, calibration, step)
+            refit = refit_kept is not False
+            layers = _best(job, layers, targets, speedup, scope, refit, solver, calibration, step)
     elif energy is not None:
         layers, target = job.by_energy(targets, energy), {"energy": energy}
     elif ranks is not None:
@@ -253,6 +254,7 @@ def _best(
     speedup: float,
     scope: str,
     refit: bool,
+    solver: str,
     calibration: Calibration,
     step: Ticks,
 ) -> dict[str, LayerPlan]:
@@ -263,9 +265,10 @@ def _best(
     by_energy = replace(job, study=None, kept={})
     choices = [(job, measured), (by_energy, by_energy.by_speedup(targets, speedup, scope))]
     errors = []
-    for one, layers in choices:
-        whole = _refitted(found, layers, one.kept) if refit else layers
-        fits = fit_layers(Plan(whole), found, job.spectra, calibration, step)
+    for _, layers in choices:
+        whole = _refitted(found, layers, job.kept) if refit else layers
+        plan = Plan(whole, target={"solver": solver} if solver != "asymmetric" else {})
+        fits = fit_layers(plan, found, job.spectra, calibration, step)
         errors.append(output_error(fits, found, calibration))
     chosen, layers = choices[int(errors[1] < errors[0])]
     job.study, job.predicted = chosen.study, chosen.predicted

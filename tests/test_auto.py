@@ -318,3 +318,21 @@ def test_measured_ranks_need_images_a_speedup_and_a_scheme(
 ) -> None:
     with pytest.raises(UsageError, match="ranks by measured errors need"):
         lra.make_plan(model, selection="measured", images=images, **asked)
+
+
+def test_both_choices_of_auto_are_fitted_as_the_plan_is(model: Model) -> None:
+    calibration = Calibration.of(build(model.net), X, positions=30, threads=1)
+    found = find(model)
+    plan = lra.make_plan(
+        model,
+        speedup=1.4,
+        scope="conv",
+        images=calibration,
+        found=found,
+        solver="linear",
+        except_layers=["c"],
+    )
+    fitted = len(calibration.fitted)
+    lra.apply(plan, model, images=calibration, found=found)
+    assert len(calibration.fitted) == fitted  # what was judged is what is applied
+    assert all("c" not in fits.layers for fits in calibration.fitted.values())
