@@ -6,12 +6,15 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from .errors import FileError, UsageError
 from .runtime import Engine, open_onnx
+
+if TYPE_CHECKING:
+    import onnx
 
 DTYPES = ("fp32", "fp16", "int8")
 Feeds = Mapping[str, np.ndarray]
@@ -57,6 +60,7 @@ class _Reader:
 
 
 def _int8(made: onnx.ModelProto, batches: Iterable[Feeds]) -> onnx.ModelProto:
+    import onnx
     from onnxruntime import quantization
 
     reader, copy = _Reader(batches), onnx.ModelProto()
@@ -88,6 +92,8 @@ def _int8(made: onnx.ModelProto, batches: Iterable[Feeds]) -> onnx.ModelProto:
 
 def parsed(source: bytes, name: str) -> onnx.ModelProto:
     """A model from its bytes; raises FileError where they are none."""
+    import onnx
+
     try:
         return onnx.load_model_from_string(source)
     except Exception as error:

@@ -79,10 +79,12 @@ def subjects(names: Sequence[str], models: Sequence[Model], shapes: InputShapes)
 
 def times(subjects: list[Subject], threads: int) -> list[Timing]:
     """Their times, side by side; nothing where there is nothing to time."""
+    if not subjects:
+        return []
     from caffe_proto import latency
     from caffe_proto.runtime import Engine
 
-    return latency.measure(subjects, Engine(threads)) if subjects else []
+    return latency.measure(subjects, Engine(threads))
 
 
 def document(

@@ -29,10 +29,22 @@ class Peers:
         """The sum over all processes, which gradients flow through."""
         if self.world == 1:
             return tensor
-        from torch.distributed.nn.functional import all_reduce
-
-        made: Tensor = all_reduce(tensor.contiguous())
+        made: Tensor = _Sum.apply(tensor)
         return made
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes: each one's loss counts, so the gradients are summed too."""
+
+    @staticmethod
+    def forward(_ctx: Any, tensor: Tensor) -> Tensor:
+        made = tensor.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(made)
+        return made
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(None, gradient)
 
 
 ALONE = Peers()
