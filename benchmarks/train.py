@@ -5,8 +5,9 @@
 
 Sections: lenet (baseline, force at three strengths of L1 and L2), low_rank (LRA at energy 0.95 with and without, and
 fine-tuning), start (force from a trained and from a random start), together (force, LRA and sparsity on one LeNet),
-cifar (ConvNet with trained weights), resnet (ResNet-20 with trained weights), asymmetric (fine-tuning of an asymmetric
-3-D net).
+cifar (ConvNet with trained weights: force, LRA, fine-tuning), cifar_start (the same from random weights), cifar_more
+(other forces, rank clipping), resnet (ResNet-20 with trained weights), resnet_low_rank (LRA of these, fine-tuning),
+asymmetric (fine-tuning of an asymmetric 3-D net).
 Every row is the outcome of ``caffe-lra`` commands, which are printed and kept with it in FOLDER/rows.jsonl; what is there
 is not run again. One thread, seed 0.
 """
@@ -26,14 +27,28 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from caffe_proto.data.build import mean_bytes
+from caffe_proto.preprocess import read_mean
+
 ROOT = Path(__file__).resolve().parents[1]
 LENET = ROOT / "models" / "lenet" / "lenet_train_val.prototxt"
 CIFAR = ROOT / "models" / "cifar10_full" / "train_val.prototxt"
 FINETUNE = (
-    'net: "{net}"\ntype: "SGD"\nbase_lr: {rate}\nlr_policy: "fixed"\nmomentum: 0.9\nweight_decay: {decay}\n'
-    "max_iter: {iterations}\ntest_iter: {tests}\ntest_interval: {iterations}\nrandom_seed: 0\nsolver_mode: CPU\n"
+    'net: "{net}"\ntype: "SGD"\nbase_lr: {rate}\nlr_policy: "{policy}"\nmomentum: 0.9\nweight_decay: {decay}\n'
+    "max_iter: {iterations}\ntest_iter: {tests}\ntest_interval: {iterations}\nrandom_seed: {seed}\nsolver_mode: CPU\n"
 )
 STRENGTHS = {"l2": (0.0005, 0.001, 0.002), "l1": (0.0005, 0.001, 0.002)}
+CIFAR_STRENGTHS = {"l2": (0.002, 0.005, 0.01), "l1": (0.002, 0.005, 0.01)}
+RESNET_FORCES = ("none", "l2_0.001", "l1_0.001")
+MORE = {
+    "repel": ("--force", "l2=-0.005"),
+    "auto": ("--force", "l2", "--force-auto", "0.2"),
+    "per_filter": ("--force", "l2=0.1", "--force-per-filter"),
+}
 
 
 class Runs:
@@ -69,16 +84,20 @@ class Runs:
 
     def train(
         self, name: str, net: Path | str, iterations: int, rate: float, *options: str, decay: float = 0.0005,
-        images: Sequence[str] = (), tests: int = 100,
+        images: Sequence[str] = (), tests: int = 100, drop: int | None = None, seed: int = 0,
     ) -> dict[str, Any]:  # fmt: skip
-        """Train a net; the row has test accuracy and ranks at the end, and the ranks at the start."""
+        """Train a net; the row has test accuracy and ranks at the end, and the ranks at the start.
+
+        Behind ``drop`` iterations the rate is a tenth.
+        """
 
         def work() -> dict[str, Any]:
             solver = self.work / f"{name}.solver.prototxt"
             text = FINETUNE.format(
-                net=net, rate=rate, decay=decay, iterations=max(iterations, 1), tests=tests
-            )
-            solver.write_text(text)
+                net=net, rate=rate, decay=decay, iterations=max(iterations, 1), tests=tests, seed=seed,
+                policy="fixed" if drop is None else "multistep",
+            )  # fmt: skip
+            solver.write_text(text + (f"gamma: 0.1\nstepvalue: {drop}\n" if drop is not None else ""))
             args = [
                 "train",
                 solver.name,
@@ -234,42 +253,118 @@ def together(runs: Runs) -> None:
 
 
 def cifar(runs: Runs) -> None:
-    """Force on the trained ConvNet against fine-tuning without."""
-    images = runs.cifar()
-    trained = runs.data / "models" / "cifar_v2_yuvval" / "cifar10_full_iter_70000.caffemodel"
-    weights = ("--weights", str(trained))
-    settings: dict[str, Any] = {"images": images, "tests": 10, "decay": 0.004}
-    runs.train("cifar_test", CIFAR, 0, 1e-4, *weights, **settings)
+    """Force at three strengths of both kinds on the trained ConvNet, LRA at energy 0.95, and fine-tuning."""
+    weights, given = _cifar(runs)
+    runs.train("cifar_test", CIFAR, 0, 1e-3, *weights, **given)
+    shapes = ("--input-shape", "data=100,3,32,32", "--input-shape", "label=100")
+    for name in ("none", *(f"{kind}_{one:g}" for kind, some in CIFAR_STRENGTHS.items() for one in some)):
+        force = () if name == "none" else ("--force", name.replace("_", "="), "--force-all")
+        runs.train(f"cifar_{name}", CIFAR, 1000, 1e-3, *weights, *force, drop=700, **given)
+        low = f"cifar_{name}_lra"
+        trained = f"cifar_{name}_iter_1000.caffemodel"
+        runs.decompose(low, CIFAR, trained, "--scheme", "pca", "--energy", "0.95", *shapes)
+        stored = ("--weights", f"{low}.caffemodel")
+        runs.train(f"{low}_test", f"{low}.prototxt", 0, 1e-3, *stored, **given)
+        runs.train(f"{low}_tuned", f"{low}.prototxt", 500, 1e-3, *stored, drop=350, **given)
+
+
+def cifar_start(runs: Runs) -> None:
+    """Force on ConvNet from trained weights and from none, at equal iterations."""
+    weights, given = _cifar(runs)
+    strength = CIFAR_STRENGTHS["l2"][1]
+    force = ("--force", f"l2={strength:g}", "--force-all")
+    for name, from_ in (("trained", weights), ("scratch", ())):
+        runs.train(f"cifar_start_{name}", CIFAR, 3000, 1e-3, *from_, *force, drop=2500, **given)
+
+
+def cifar_more(runs: Runs) -> None:
+    """Filters that repel, a force that is a share of the gradient, one divided by the filters; rank clipping."""
+    weights, given = _cifar(runs)
+    for name, options in MORE.items():
+        runs.train(f"cifar_{name}", CIFAR, 1000, 1e-3, *weights, *options, "--force-all", drop=700, **given)
+    shapes = ("--input-shape", "data=100,3,32,32", "--input-shape", "label=100")
+    full = ("--scheme", "pca", "--energy", "1", "--even-if-slower")
+    runs.decompose("cifar_full_rank", CIFAR, weights[1], *full, *shapes)
+    clip = ("--clip-ranks", "0.95", "--clip-every", "200")
     for name, force in (
-        ("none", ()), ("l2_0.05", ("--force", "l2=0.05", "--force-all")), ("l1_0.05", ("--force", "l1=0.05", "--force-all")),
-        ("l2_0.2", ("--force", "l2=0.2", "--force-all")),
-    ):  # fmt: skip
-        runs.train(f"cifar_{name}", CIFAR, 200, 1e-4, *weights, *force, **settings)
+        ("clip", ()),
+        ("clip_l2", ("--force", f"l2={CIFAR_STRENGTHS['l2'][0]:g}", "--force-all")),
+    ):
+        runs.train(
+            f"cifar_{name}", "cifar_full_rank.prototxt", 1000, 1e-3, "--weights", "cifar_full_rank.caffemodel", *clip,
+            *force, drop=700, **given,
+        )  # fmt: skip
+
+
+def _cifar(runs: Runs) -> tuple[tuple[str, ...], dict[str, Any]]:
+    trained = runs.data / "models" / "cifar_v2_yuvval" / "cifar10_full_iter_70000.caffemodel"
+    return ("--weights", str(trained)), {"images": runs.cifar(), "tests": 10, "decay": 0.004}
 
 
 def resnet(runs: Runs) -> None:
-    """Force on the trained ResNet-20, for 300 iterations of 50 images that are not shifted."""
+    """Force of both kinds on the trained ResNet-20 against training on without."""
+    weights = _resnet_files(runs)
+    given = _resnet_settings(runs)
+    runs.train("resnet_test", "resnet.prototxt", 0, 0.01, *weights, **given)
+    for name in RESNET_FORCES:
+        force = () if name == "none" else ("--force", name.replace("_", "="), "--force-all")
+        runs.train(f"resnet_{name}", "resnet.prototxt", 1500, 0.01, *weights, *force, drop=1000, **given)
+
+
+def resnet_low_rank(runs: Runs) -> None:
+    """LRA of these nets at energy 0.95, the one without force also at the ranks of those with; 500 iterations each."""
+    resnet(runs)
+    given = _resnet_settings(runs)
+    shapes = ("--input-shape", "Data1=100,3,32,32", "--input-shape", "Data2=100")
+    for force in RESNET_FORCES:
+        own = ("--scheme", "pca", "--energy", "0.95")
+        chosen = runs.decompose(
+            f"resnet_{force}_lra", "resnet.prototxt", f"resnet_{force}_iter_1500.caffemodel", *own, *shapes
+        )
+        names = [f"resnet_{force}_lra"]
+        if force != "none":
+            names.append(f"resnet_none_as_{force}")
+            (runs.work / f"{force}.json").write_text(
+                json.dumps({k: v[0] for k, v in chosen["ranks"].items()})
+            )
+            same = ("--rank-config", f"{force}.json", *shapes)
+            runs.decompose(names[1], "resnet.prototxt", "resnet_none_iter_1500.caffemodel", *same)
+        for name in names:
+            stored = ("--weights", f"{name}.caffemodel")
+            runs.train(f"{name}_test", f"{name}.prototxt", 0, 0.01, *stored, **given)
+            runs.train(f"{name}_tuned", f"{name}.prototxt", 500, 0.01, *stored, drop=350, **given)
+
+
+def _resnet_settings(runs: Runs) -> dict[str, Any]:
+    test = runs.cifar()[2:]
+    return {"images": ("--data", "pad4.npz", *test), "tests": 10, "decay": 0.0001}
+
+
+def _resnet_files(runs: Runs) -> tuple[str, str]:
+    """The net with its images padded by 4 pixels that are 0 behind the mean, and BatchNorm that forgets sooner."""
     folder = runs.data / "models" / "resnet20_cifar10"
     source = (folder / "res20_cifar_train_test.prototxt").read_text()
-    settings = (
-        'transform_param { mean_file: "cifar10_mean.binaryproto" mirror: true }',
+    blocks = (
+        'transform_param { mean_file: "mean_pad.binaryproto" crop_size: 32 mirror: true }',
         'transform_param { mean_file: "cifar10_mean.binaryproto" }',
     )
-    for one in settings:
-        source = re.sub(
-            r"transform_param \{[^{}]*crop_size[^{}]*\}|transform_param \{[^{}]*mean_pad[^{}]*\}",
-            one,
-            source,
-            count=1,
-        )
-    source = source.replace("batch_size: 100", "batch_size: 50", 1)
+    parts = re.split(r"transform_param \{[^{}]*\}", source)
+    if len(parts) != 3:
+        raise SystemExit(f"{len(parts) - 1} transform_param where two are known")
+    source = parts[0] + blocks[0] + parts[1] + blocks[1] + parts[2]
+    fraction = "batch_norm_param { moving_average_fraction: 0.9 }"
+    source = source.replace('type: "BatchNorm"', f'type: "BatchNorm"\n  {fraction}')
     (runs.work / "resnet.prototxt").write_text(source)
-    weights = ("--weights", str(folder / "ResNet_20.caffemodel"))
-    given: dict[str, Any] = {"images": runs.cifar(), "tests": 10, "decay": 0.0001}
-    runs.train("resnet_test", "resnet.prototxt", 0, 0.001, *weights, **given)
-    runs.train(
-        "resnet_l2", "resnet.prototxt", 300, 0.001, *weights, "--force", "l2=0.005", "--force-all", **given
-    )
+    if not (runs.work / "pad4.npz").exists():
+        raw = np.concatenate(
+            [np.fromfile(one, np.uint8) for one in sorted((runs.data / "cifar10").glob("data_batch_*.bin"))]
+        ).reshape(-1, 1 + 3 * 32 * 32)
+        around = ((0, 0), (4, 4), (4, 4))
+        images = np.pad(raw[:, 1:].reshape(-1, 3, 32, 32), ((0, 0), *around))
+        np.savez(runs.work / "pad4.npz", x=images, y=raw[:, 0].astype(np.int64))
+        mean = np.pad(read_mean(str(runs.data / "cifar10" / "mean.binaryproto")), around)
+        (runs.work / "mean_pad.binaryproto").write_bytes(mean_bytes(mean))
+    return "--weights", str(folder / "ResNet_20.caffemodel")
 
 
 def asymmetric(runs: Runs) -> None:
@@ -288,7 +383,21 @@ def asymmetric(runs: Runs) -> None:
     runs.train("cifar_3d_tuned", "cifar_3d.prototxt", 300, 1e-5, *small, **given)
 
 
-SECTIONS = {one.__name__: one for one in (lenet, low_rank, start, together, cifar, resnet, asymmetric)}
+SECTIONS = {
+    one.__name__: one
+    for one in (
+        lenet,
+        low_rank,
+        start,
+        together,
+        cifar,
+        cifar_start,
+        cifar_more,
+        resnet,
+        resnet_low_rank,
+        asymmetric,
+    )
+}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,11 +1,14 @@
 """Write the prototxts and READMEs of the well-known nets in this folder: ``python models/generate.py``.
 
+``python models/generate.py NET --table`` counts one net and prints the table of its README, without NET that of all nets.
+
 Each net is one function that adds layers to a ``Net``. The same function makes the deploy form and the
 training form; the latter has fillers, learning rates, data layers and losses on top.
 """
 
 from __future__ import annotations
 
+import argparse
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,13 +36,15 @@ INDEX_HEAD = """# Nets
 
 Well-known nets in Caffe's form, as bases to decompose, prune, export and time. A folder holds `deploy.prototxt`,
 `train_val.prototxt` and a README with the net's source; LeNet's also holds weights and how they were trained.
+"""
 
-| net | input | MACs | of convolutions | parameters learnt | BatchNorm statistics |
+INDEX_TABLE = """| net | input | MACs | of convolutions | parameters learnt | BatchNorm statistics |
 | --- | --- | ---: | ---: | ---: | ---: |"""
 
 INDEX_FOOT = """MACs are multiply-adds of convolutions and fully connected layers, for one image. Parameters are weights, biases and
 the factors and shifts of Scale layers. BatchNorm's mean, variance and factor are stored but not learnt, and have a
-column of their own; `caffe-lra info` adds both columns.
+column of their own; `caffe-lra info` adds both columns. `python models/generate.py --table` counts all nets and prints
+this table, `python models/generate.py NET --table` that of one net's README.
 
 `python models/generate.py` writes every prototxt and README here but LeNet's solver and README; what the READMEs say
 in words is in `nets.toml`.
@@ -777,7 +782,8 @@ def _parameters(found: Counts) -> Iterator[tuple[str, str]]:
 
 
 def _rows(entry: Entry, found: Counts) -> Iterator[tuple[str, str]]:
-    yield "Source", entry.words["source"]
+    if "source" in entry.words:
+        yield "Source", entry.words["source"]
     yield "Input", f"`data`, {_by((1, *entry.data.size))}: {entry.data.prepared}"
     yield "Output", f"`prob`, {_by(found.top)}"
     yield "MACs", f"{found.macs:,} for one image: multiply-adds of convolutions and fully connected layers"
@@ -795,9 +801,14 @@ def _filled(text: str, behind: str = "") -> str:
     return fill(words, 110, subsequent_indent=behind, break_long_words=False, break_on_hyphens=False)
 
 
+def table(entry: Entry) -> str:
+    """What the net is fed, gives and costs, as its README has it."""
+    rows = (f"| {key} | {value} |" for key, value in _rows(entry, counts(entry)))
+    return "\n".join(["| | |", "| --- | --- |", *rows])
+
+
 def readme(entry: Entry) -> str:
     """What the net is and what it costs."""
-    table = [f"| {key} | {value} |" for key, value in _rows(entry, counts(entry))]
     batch = entry.data.batches[0]
     shape = "" if entry.data.crop else f" --input-shape data={batch},3,32,32 --input-shape label={batch}"
     at, title = f"models/{entry.folder}", entry.words["name"].replace("_", " ")
@@ -805,9 +816,9 @@ def readme(entry: Entry) -> str:
         [
             f"# {title}\n",
             _filled(entry.words["about"]) + "\n",
-            "| | |\n| --- | --- |",
-            *table,
-            "",
+            table(entry) + "\n",
+            "The same table, counted again from the net:\n",
+            f"    python models/generate.py {entry.folder} --table\n",
             *(_filled(f"- {note}", "  ") for note in entry.words["notes"]),
             *([""] if entry.words["notes"] else []),
             "Every layer with its shape, parameters and MACs:\n",
@@ -819,14 +830,19 @@ def readme(entry: Entry) -> str:
     )
 
 
-def index() -> str:
-    """The README of this folder: all nets in one table."""
+def index_table() -> str:
+    """All nets, one row each."""
     rows = []
     for entry in ZOO:
         found, link = counts(entry), f"[{entry.folder}]({entry.folder}/{entry.files[0]})"
         numbers = (found.macs, found.conv_macs, found.learnt, found.statistics)
         rows.append(f"| {link} | {_by(entry.data.size)} | " + " | ".join(f"{n:,}" for n in numbers) + " |")
-    return "\n".join([INDEX_HEAD, *rows, "", INDEX_FOOT])
+    return "\n".join([INDEX_TABLE, *rows])
+
+
+def index() -> str:
+    """The README of this folder."""
+    return "\n".join([INDEX_HEAD, index_table(), "", INDEX_FOOT])
 
 
 def files() -> dict[str, str]:
@@ -840,7 +856,26 @@ def files() -> dict[str, str]:
     return made
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write all files, or print a table."""
+    asked = argparse.ArgumentParser(
+        description="Write the nets of this folder, or print the table of a README."
+    )
+    asked.add_argument(
+        "net", nargs="?", choices=[entry.folder for entry in ZOO], help="with --table: this net"
+    )
+    asked.add_argument("--table", action="store_true", help="print what the nets cost, and write nothing")
+    given = asked.parse_args(arguments)
+    if given.table:
+        named = [entry for entry in ZOO if entry.folder == given.net]
+        print(table(named[0]) if named else index_table())
+    elif given.net:
+        asked.error("NET goes with --table alone: all files are written together")
+    else:
+        write()
+
+
+def write() -> None:
     """Write all files."""
     for name, text in files().items():
         path = HERE / name

@@ -87,6 +87,22 @@ def test_the_files_are_what_the_generator_makes() -> None:
         assert (MODELS / name).read_bytes() == text.encode(), f"{name}: run python models/generate.py"
 
 
+@pytest.mark.parametrize("folder", KNOWN)
+def test_the_table_of_each_readme_is_what_its_command_prints(folder: str, capsys: Any) -> None:
+    text = (MODELS / folder / "README.md").read_text(encoding="utf-8")
+    (command,) = (line for line in text.splitlines() if line.startswith("    python models/generate.py"))
+    generate.main(command.split()[2:])
+    table = capsys.readouterr().out
+    macs, params = KNOWN[folder]
+    assert f"| MACs | {macs:,} " in table and f" {params:,}" in table
+    assert f"\n\n{table}\n" in text
+
+
+def test_the_table_of_all_nets_is_what_its_command_prints(capsys: Any) -> None:
+    generate.main(["--table"])
+    assert f"\n\n{capsys.readouterr().out}\n" in (MODELS / "README.md").read_text(encoding="utf-8")
+
+
 def test_every_folder_is_a_net_and_every_net_is_pinned() -> None:
     folders = {path.name for path in MODELS.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(ENTRIES) == set(KNOWN)
