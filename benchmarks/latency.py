@@ -16,22 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import plans
 from caffe_proto.model import load
 from caffe_proto.runtime import Engine
 from lra.latency import Latency
-from lra.schemes import ALL_SCHEMES
 from lra.schemes.base import Scheme
 from lra.targets import Target, find
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 NETS = ("vgg_16", "alexnet", "resnet_18", "googlenet", "squeezenet_v1.1")
+SCHEMES = plans.named("auto")
 _SHARES = (0.25, 0.5, 0.75)
-
-
-def schemes(target: Target) -> list[Scheme]:
-    """The pairs to try: a 1 x 1 kernel has nothing to separate."""
-    names = ("pca",) if target.shape[2:] == (1, 1) else ("pca", "spatial")
-    return [ALL_SCHEMES[name] for name in names]
 
 
 def choose(
@@ -40,7 +35,8 @@ def choose(
     """For every layer with options its ``number``-th scheme, at a share of its ranks: scheme, rank, seconds."""
     found = {}
     for target in targets:
-        scheme = schemes(target)[min(number, len(schemes(target)) - 1)]
+        schemes = plans.suited(target, SCHEMES)
+        scheme = schemes[min(number, len(schemes) - 1)]
         options = latency.options(target, scheme)
         if options:
             found[target.name] = (target, scheme, *options[min(len(options) - 1, int(share * len(options)))])
@@ -50,13 +46,13 @@ def choose(
 def compare(name: str, engine: Engine, runs: int, table: Path) -> list[float]:
     """Print a net's lines; the relative errors of the predictions."""
     found = find(load(MODELS / name / "deploy.prototxt"))
-    targets = [target for target in found.targets.values() if not target.dense]
+    targets = plans.convolutions(found)
     latency = Latency(found, engine, table)
     started = time.perf_counter()
-    latency.measure(targets, {target.name: schemes(target) for target in targets})
+    latency.measure(targets, {target.name: plans.suited(target, SCHEMES) for target in targets})
     first = time.perf_counter() - started
     started = time.perf_counter()
-    latency.measure(targets, {target.name: schemes(target) for target in targets})
+    latency.measure(targets, {target.name: plans.suited(target, SCHEMES) for target in targets})
     again = time.perf_counter() - started
     errors = []
     for number, kind in enumerate(("channels", "spatial")):

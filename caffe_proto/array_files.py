@@ -10,6 +10,7 @@ from typing import IO
 import numpy as np
 
 from .errors import FileError, UsageError
+from .files import missing
 
 _SMALL_NPZ, _MOST_PACKED = 2**27, 20  # bytes that a .npz may always unpack to; beyond, times its own size
 
@@ -25,13 +26,14 @@ def write_npz(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
 def read_arrays(path: str) -> dict[str, np.ndarray]:
     """The arrays of a .npz, or of a .npy under the name ""; raises FileError where it is neither."""
     if not Path(path).is_file():
-        raise FileError("no such file", path=path)
+        raise missing(path)
     _refuse_bomb(path)
     try:
         loaded = np.load(path, allow_pickle=False)
         return dict(loaded) if hasattr(loaded, "files") else {"": loaded}
     except Exception as error:  # a dozen kinds, of NumPy, zipfile and zlib
-        raise FileError(f"is no NumPy file: {error}", path=path, hint="give a .npy or .npz file") from error
+        said = "" if "pickle" in str(error) else f": {error}"  # what NumPy takes other files for
+        raise FileError(f"is no NumPy file{said}", path=path, hint="give a .npy or .npz file") from error
 
 
 def _refuse_bomb(path: str) -> None:

@@ -1,16 +1,15 @@
-"""Commands that look at a net, run it, export it and time it."""
+"""Commands that look at a net, run it and export it; and all other commands of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from . import cli_data, cli_nets, console
+from .cli_time import said, time_
 from .console import input_shape_option, json_option, net_argument, seed_option, state_options, threads_option
 from .errors import UsageError
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     from .costs import LayerCost
     from .data.batches import Batch, Batches
-    from .latency import Gain, Subject, Timing
     from .model import Model
     from .onnx_export import Request
 
@@ -244,7 +242,7 @@ def export(
 
     if (dtype == "int8") != (images is not None):
         raise UsageError("--dtype int8 and --images go together", hint="int8 takes its ranges from images")
-    for name in sorted({"root", "n_images", "seed"} & _said()):
+    for name in sorted({"root", "n_images", "seed"} & said()):
         if images is None:
             raise UsageError(f"--{name.replace('_', '-')} only goes with --images")
 
@@ -340,167 +338,6 @@ def _preprocess(model: Model, own: bool, mean: str | None, scale: float | None, 
         scale if scale is not None else base.scale,
         bgr,
     )
-
-
-@click.command(name="time")
-@click.argument("models", nargs=-1, required=True, metavar="NET[,WEIGHTS]|MODEL.onnx ...")
-@click.option("--runs", type=click.IntRange(1), default=50, show_default=True)
-@click.option("--warmup", type=click.IntRange(0), default=10, show_default=True)
-@click.option("--batch", type=click.IntRange(1), help="Batch size; default: each net's own.")
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.")
-@click.option(
-    "--engine",
-    "program",
-    type=click.Choice(["onnxruntime", "torch"]),
-    default="onnxruntime",
-    show_default=True,
-    help="What runs the nets; torch needs the extra train.",
-)
-@click.option(
-    "--dtype",
-    "dtypes",
-    multiple=True,
-    type=click.Choice(["fp32", "fp16", "int8"]),
-    help="Numbers to time each model in, repeatable; default fp32. Ranges of int8 are made up: for times alone.",
-)
-@click.option("--device", default="cpu", show_default=True, help="With --engine torch: cpu or cuda.")
-@click.option("--profile", is_flag=True, help="Also print a row a layer.")
-@threads_option
-@seed_option
-@json_option
-def time_(
-    models: Sequence[str], runs: int, warmup: int, batch: int | None, provider: str, program: str,
-    dtypes: Sequence[str], device: str, profile: bool, threads: int, seed: int, as_json: bool,
-) -> None:  # fmt: skip
-    """Time nets side by side: median, 90th percentile, ratio of the first median to each.
-
-    A NET without WEIGHTS gets random ones, so that a published prototxt can be timed alone. Runs are
-    interleaved and sessions do not spin, so that none spoils another's times. Of several nets it says how many
-    times fewer MACs than the first they take, and how much of that is measured (efficiency); with --profile by
-    layer too, layers that were decomposed beside what stands for them.
-    """
-    from . import latency
-
-    said = _said()
-    subjects: list[Subject] = []
-    if program == "torch":
-        for name in sorted({"provider", "profile", "dtypes"} & said):
-            raise UsageError(f"--{name.removesuffix('s')} does not go with --engine torch")
-        timings, macs, release = _torch_times(models, device, threads, runs, warmup, batch, seed)
-    else:
-        if "device" in said:
-            raise UsageError("--device only goes with --engine torch", hint="use --provider")
-        import onnxruntime
-
-        from .runtime import Engine
-
-        plain = [latency.subject(item, batch=batch, seed=seed) for item in models]
-        subjects = [latency.narrowed(one, dtype, seed) for one in plain for dtype in dtypes or ("fp32",)]
-        engine, release = Engine(threads, provider), onnxruntime.__version__
-        with console.progress("timing", runs, "runs") as step:
-            timings = latency.measure(
-                subjects, engine, runs=runs, warmup=warmup, batch=batch, seed=seed, step=step
-            )
-        macs = [one.total_macs for one in subjects]
-    profiles = latency.profiles(subjects, engine, batch=batch, seed=seed) if profile else []
-    whole = [
-        latency.Gain(t.name, (timings[0].median, t.median), (macs[0], one))
-        for t, one in zip(timings, macs, strict=True)
-    ]
-    pairs = [
-        latency.gains(subjects[0], one, profiles[0], layers)
-        for one, layers in zip(subjects[1:], profiles[1:], strict=False)
-        if macs[0] and one.macs
-    ]
-    if as_json:
-        rows: list[dict[str, Any]] = [
-            {"model": t.name, "median_ms": t.median, "p90_ms": t.p90, "ratio": gain.measured}
-            | ({"macs": gain.macs[1]} if gain.macs[1] else {})
-            | _arithmetic_json(gain)
-            for t, gain in zip(timings, whole, strict=True)
-        ]
-        for row, layers in zip(rows, profiles, strict=False):
-            row["layers"] = [{"name": one.name, "ops": one.ops, "ms": one.milliseconds} for one in layers]
-        for row, gains in zip([row for row in rows[1:] if "macs" in row], pairs, strict=False):
-            row["gains"] = [
-                {"name": one.name, "ms": list(one.ms), "ratio": one.measured, "macs": list(one.macs)}
-                | _arithmetic_json(one)
-                for one in gains
-            ]
-        where = {"provider": provider} if program == "onnxruntime" else {"device": device}
-        settings = {"threads": threads, **where, "runs": runs, program: release}
-        console.echo_json({"models": rows, **settings})
-        return
-    counted = sum(map(bool, macs)) > 1 and bool(macs[0])
-    console.table(
-        ["model", "median ms", "p90 ms", "speed-up", *(["MACs fewer", "efficiency"] if counted else [])],
-        [
-            [t.name, f"{t.median:.3f}", f"{t.p90:.3f}", f"{gain.measured:.2f}x"]
-            + (_arithmetic_row(gain) if counted else [])
-            for t, gain in zip(timings, whole, strict=True)
-        ],
-        left=1,
-    )
-    used = f"{threads} threads" if threads else "all cores"
-    where_ = provider if program == "onnxruntime" else device
-    click.echo(f"{program} {release}, {where_}, {used}, {runs} interleaved runs")
-    for one, layers in zip(subjects, profiles, strict=False):
-        click.echo(f"\n{one.name}")
-        total = sum(layer.milliseconds for layer in layers)
-        rows_ = [
-            [layer.name, layer.ops, f"{layer.milliseconds:.3f}", f"{layer.milliseconds / total:.1%}"]
-            for layer in layers
-        ]
-        console.table(["layer", "operators", "ms", "share"], rows_, total=["total", "", f"{total:.3f}", ""])
-    for one, gains in zip([one for one in subjects[1:] if one.macs], pairs, strict=False):
-        click.echo(f"\n{subjects[0].name} against {one.name}")
-        console.table(
-            ["layer", "ms before", "after", "speed-up", "MACs fewer", "efficiency"],
-            [
-                [
-                    gain.name or "(the rest)",
-                    *(f"{ms:.3f}" for ms in gain.ms),
-                    f"{gain.measured:.2f}x",
-                    *_arithmetic_row(gain),
-                ]
-                for gain in gains
-            ],
-            left=1,
-        )
-
-
-def _said() -> set[str]:
-    """The options of this command that stand on the command line."""
-    context = click.get_current_context()
-    return {
-        name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
-
-
-def _torch_times(
-    models: Sequence[str], device: str, threads: int, runs: int, warmup: int, batch: int | None, seed: int
-) -> tuple[list[Timing], list[int], str]:
-    """Times and MACs by model, and torch's release."""
-    if find_spec("torch") is None:
-        raise UsageError("torch is not installed", hint="install the extra train: caffe-lra[train]")
-    from . import torch_time
-
-    subjects = [torch_time.TorchSubject(item, device, batch=batch, seed=seed) for item in models]
-    with console.progress("timing", runs, "runs") as step:
-        timings = torch_time.measure(subjects, threads=threads, runs=runs, warmup=warmup, step=step)
-    return timings, [one.macs for one in subjects], torch_time.RELEASE
-
-
-def _arithmetic_json(gain: Gain) -> dict[str, float]:
-    if gain.arithmetic is None or gain.efficiency is None:
-        return {}
-    return {"arithmetic": gain.arithmetic, "efficiency": gain.efficiency}
-
-
-def _arithmetic_row(gain: Gain) -> list[str]:
-    if gain.arithmetic is None or gain.efficiency is None:
-        return ["-", "-"]
-    return [f"{gain.arithmetic:.2f}x", f"{gain.efficiency:.0%}"]
 
 
 COMMANDS = (info, run, export, time_, *cli_nets.COMMANDS, *cli_data.COMMANDS)

@@ -11,6 +11,7 @@ import click
 from . import console
 from .console import input_shape_option, json_option, net_argument, seed_option, state_options, threads_option
 from .errors import UsageError
+from .model import net_and_weights
 
 if TYPE_CHECKING:
     from .data.batches import Batches
@@ -82,7 +83,7 @@ def prepared(
 @image_options
 @click.option("--reference", metavar="NET,WEIGHTS", help="A net to compare with: agreement and output error.")
 @click.option(
-    "--output", metavar="BLOB", help="The blob of class scores; default: what the net's outputs say."
+    "--blob", "output", metavar="BLOB", help="The blob of class scores; default: what the net's outputs say."
 )
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at a time.")
 @threads_option
@@ -134,8 +135,8 @@ def _reference(value: str, subject: Subject, threads: int, phase: str, stages: A
     from .evaluation import Subject
     from .graph import build
 
-    net, comma, weights = value.partition(",")
-    if not comma:
+    net, weights = net_and_weights(value)
+    if weights is None:
         raise UsageError(f"--reference {value!r} names no weights", hint="give NET,WEIGHTS")
     model = console.load_model(net, weights, phase, stages, level)
     return Subject(model, subject.output if subject.output in build(model.net).final else None, threads)

@@ -10,6 +10,7 @@ import click
 from . import console
 from .console import input_shape_option, json_option, state_options
 from .errors import FileError
+from .model import net_and_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,10 +40,7 @@ def diff(
     """
     from . import diff as differences
 
-    before, after = (
-        console.load_model(net, weights or None, phase, stages, level)
-        for net, _, weights in (item.partition(",") for item in (a, b))
-    )
+    before, after = (console.load_model(*net_and_weights(item), phase, stages, level) for item in (a, b))
     found = differences.diff(before, after, input_shapes, recompose)
     equal = found.equal(training)
     if as_json:
@@ -158,7 +156,7 @@ def upgrade_(file: str, output: str, as_json: bool) -> None:
     """
     from . import files, text, upgrade
 
-    if _is_binary(file):
+    if files.is_binary(file):
         from . import upgrade_weights, weights
         from .model import write_weights
 
@@ -186,19 +184,6 @@ def upgrade_(file: str, output: str, as_json: bool) -> None:
     click.echo(f"wrote {output}")
 
 
-def _is_binary(path: str) -> bool:
-    """Whether a file is weights, or a pointer to some, rather than a prototxt."""
-    from .files import unreadable
-
-    try:
-        with open(path, "rb") as file:
-            head = file.read(4096)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    control = set(range(0x20)) - set(b"\t\n\v\f\r")
-    return not control.isdisjoint(head) or head.startswith(b"version https://git-lfs")
-
-
 def _text_kind(document: Document) -> str:
     """ "solver" or "net"; raises FileError where a prototxt is neither."""
     from . import schema
@@ -207,7 +192,9 @@ def _text_kind(document: Document) -> str:
     if is_solver(document):
         return "solver"
     names = {field.name for field in document.root.fields}
-    if names and names.isdisjoint(schema.descriptor("NetParameter").fields_by_name):
+    if not names:
+        raise FileError("holds neither a net nor a solver nor weights", path=document.path)
+    if names.isdisjoint(schema.descriptor("NetParameter").fields_by_name):
         raise FileError("is neither a net nor a solver nor weights", path=document.path)
     return "net"
 

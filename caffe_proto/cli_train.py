@@ -91,14 +91,14 @@ def train_command(
             described = described.until(max_iter)
         if output is not None:
             described = replace(described, snapshot_prefix=output)
-        running = _torch_part()
+        running = torch_part()
         hooks = make_hooks(described, **asked)
         chosen = device or ("cuda" if described.gpu and running.cuda_found() else "cpu")
         if threads:
             running.set_threads(threads)
-        printer = _Printer(described, as_json)
+        printer = Printer(described, as_json)
         silent = as_json or not described.display
-        with _asked_to_stop() as stop, _progress(described.max_iter if silent else 0) as tick:
+        with asked_to_stop() as stop, _progress(described.max_iter if silent else 0) as tick:
             request = running.Request(
                 weights, state, data, test_data, root, chosen, seed, hooks, printer, tick, stop
             )
@@ -108,7 +108,7 @@ def train_command(
     return train
 
 
-def _torch_part() -> Any:
+def torch_part() -> Any:
     """The module that trains; raises UsageError where torch is not installed."""
     try:
         from . import train
@@ -130,7 +130,7 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether Control-C was pressed; the second one interrupts."""
     pressed: list[int] = []
 
@@ -145,7 +145,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Printer:
+class Printer:
     """Prints what happens in the lines that Caffe's log has, or keeps silent for JSON."""
 
     def __init__(self, solver: Solver, as_json: bool) -> None:

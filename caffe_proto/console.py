@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
 
-from .errors import Error, UsageError
+from .errors import Error, NetError, UsageError, alike
+from .files import is_binary
 from .model import Model, load
+from .peers import Elsewhere, leaving, rank
+from .tables import table as table
+
+_NAME = "caffe-lra"
 
 
 class Step(Protocol):
@@ -45,7 +55,13 @@ def state_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--level", type=int, default=0, show_default=True, help="Level for min_level/max_level rules."
         ),
         click.option("--stage", "stages", multiple=True, help="Stage that is set; repeatable."),
-        click.option("--phase", type=click.Choice(["TEST", "TRAIN"]), default="TEST", show_default=True),
+        click.option(
+            "--phase",
+            type=click.Choice(["TEST", "TRAIN"]),
+            default="TEST",
+            show_default=True,
+            help="Phase of the net.",
+        ),
     ):
         function = option(function)
     return function
@@ -86,45 +102,24 @@ def refuse(said: set[str] | frozenset[str], why: str, spelt: Mapping[str, str]) 
 
 
 def load_model(net: str, weights: str | None, phase: str, stages: Sequence[str], level: int) -> Model:
-    """The model that the common options name."""
-    return load(net, weights, phase=phase, stages=tuple(stages), level=level)
+    """The model that the common options name; raises UsageError where the two are swapped, NetError on an empty net."""
+    files = weights is not None and Path(net).is_file() and Path(weights).is_file()
+    if weights is not None and files and is_binary(net) and not is_binary(weights):
+        raise UsageError("is no net", path=net, hint="NET comes first, then WEIGHTS")
+    model = load(net, weights, phase=phase, stages=tuple(stages), level=level)
+    if not model.net.layers:
+        raise NetError(f"has no layer in phase {phase}", path=net)
+    return model
+
+
+def command_line() -> str:
+    """The present command as it was typed, as a shell takes it."""
+    return shlex.join([_NAME, *(click.get_current_context().find_root().obj or ())])
 
 
 def echo_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document."""
     click.echo(json.dumps(document, indent=1))
-
-
-def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    left: int = 2,
-    total: Sequence[str] | None = None,
-    styles: Sequence[str] = (),
-) -> None:
-    """Print rows under columns; the first ``left`` columns are words, the others figures.
-
-    ``styles`` gives each row a colour of rich, which shows on a terminal only.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(
-        box=None, pad_edge=False, header_style="bold", show_footer=total is not None, footer_style="bold"
-    )
-    for i, column in enumerate(columns):
-        footer = total[i] if total is not None else ""
-        made.add_column(column, Text(footer), justify="left" if i < left else "right", no_wrap=True)
-    for i, row in enumerate(rows):
-        made.add_row(*(Text(cell) for cell in row), style=styles[i] if styles else None)
-    console = Console(file=sys.stdout, soft_wrap=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=10_000, highlight=False, color_system=None)
-    with console.capture() as captured:
-        console.print(made, crop=False)
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 @contextmanager
@@ -141,7 +136,7 @@ def progress(label: str, total: int | None, unit: str = "steps") -> Iterator[Ste
     def step(count: int = 1) -> None:
         nonlocal done, bar
         done += count
-        if bar is None and sys.stderr.isatty() and time.monotonic() - started > 2:
+        if bar is None and rank() == 0 and sys.stderr.isatty() and time.monotonic() - started > 2:
             bar = _bar(label, total)
             bar.start()
         if bar is not None:
@@ -167,38 +162,75 @@ def _bar(label: str, total: int | None) -> Any:
 
 def run(group: click.Group, argv: Sequence[str] | None = None) -> int:
     """Run a command; an Error or a wrong option is one line and status 2, anything else a bug and status 70."""
-    name = "caffe-lra"
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold any bytes
+    with leaving():
+        return _run(group, sys.argv[1:] if argv is None else list(argv))
+
+
+def _run(group: click.Group, words: Sequence[str]) -> int:
+    streams = sys.stdout, sys.stderr
     try:
-        result = group.main(args=None if argv is None else list(argv), prog_name=name, standalone_mode=False)
+        result = group.main(args=list(words), prog_name=_NAME, standalone_mode=False, obj=tuple(words))
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except Elsewhere:  # the first process says it
+        return 2
     except Error as error:
-        click.echo(f"{name}: error: {_one_line(str(error))}", err=True)
-        return 2
+        return _refused(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        return 2
-    except click.UsageError as error:
-        hint = f"; see {error.ctx.command_path} -h" if error.ctx else ""
-        click.echo(f"{name}: error: {_one_line(error.format_message())}{hint}", err=True)
-        return 2
+        click.echo(error.format_message())
+        return 0
     except click.ClickException as error:
-        click.echo(f"{name}: error: {_one_line(error.format_message())}", err=True)
-        return 2
+        return _refused(_said(error))
     except (click.Abort, KeyboardInterrupt):
-        click.echo(f"{name}: interrupted", err=True)
+        click.echo(f"{_NAME}: interrupted", err=True)
         return 130
     except BrokenPipeError:
-        return 0
+        return _unread()
+    except SystemExit:
+        if streams == (sys.stdout, sys.stderr):
+            raise
+        sys.stdout, sys.stderr = streams  # click hides them and ends when nobody reads on
+        return _unread()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return _bug()
+        _unread()
+        return _refused(f"cannot be written: {error.strerror}")
     except Exception:
-        import traceback
-
-        traceback.print_exc()
-        click.echo(f"{name}: this is a bug; please report it with the lines above", err=True)
-        return 70
+        return _bug()
 
 
-def _one_line(message: str) -> str:
-    return " ".join(message.split())
+def _bug() -> int:
+    """Print the traceback of what nobody expected."""
+    import traceback
+
+    traceback.print_exc()
+    click.echo(f"{_NAME}: this is a bug; please report it with the lines above", err=True)
+    return 70
+
+
+def _refused(message: str) -> int:
+    click.echo(f"{_NAME}: error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _said(error: click.ClickException) -> str:
+    """What click refuses, with the choice that was meant where there is one, and where to read more."""
+    message = error.format_message()
+    if not isinstance(error, click.UsageError) or error.ctx is None:
+        return message
+    kind = error.param.type if isinstance(error, click.BadParameter) and error.param else None
+    given = re.match("'(.*?)' is not one of", error.message)
+    if isinstance(kind, click.Choice) and given is not None:
+        hint = alike(given[1], [str(one) for one in kind.choices])
+        message = f"{message.rstrip('.')}; {hint}" if hint else message
+    return f"{message.rstrip('.')}{' See' if message.endswith('?') else '; see'} {error.ctx.command_path} -h"
+
+
+def _unread() -> int:
+    """Nothing can be written any more, as with ``| head``: no error, and nothing more to say."""
+    with suppress(OSError, ValueError):  # no file, as in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -17,9 +17,25 @@ printed form is one line: ``deploy.prototxt:112: layer "conv4_3": group 3 does n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _LONGEST = 2000  # characters of a message
+_CANDIDATES, _NAME = 1000, 200  # how many names, and of which length, a misspelt one is compared with
+
+
+def alike(name: str, known: Sequence[str]) -> str | None:
+    """A hint that names the known names closest to a misspelt one, among the last of them; None where none is close."""
+    from difflib import get_close_matches
+
+    candidates = [one for one in known[-_CANDIDATES:] if len(one) <= _NAME]
+    close = get_close_matches(name, candidates, n=3) if len(name) <= _NAME else []
+    return "did you mean " + " or ".join(f'"{one}"' for one in close) + "?" if close else None
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The same hint, or the first of the known names where none is close."""
+    return alike(name, known) or "known: " + ", ".join(known[:8]) + (" ..." if len(known) > 8 else "")
 
 
 class Error(Exception):

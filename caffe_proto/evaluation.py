@@ -41,7 +41,7 @@ def scores_blob(graph: Graph) -> str:
     if len(found) != 1:
         named = ", ".join(outputs) or "none"
         raise UsageError(
-            f"the net has {len(found)} outputs: {named}", path=graph.path, hint="say which: --output BLOB"
+            f"the net has {len(found)} outputs: {named}", path=graph.path, hint="say which: --blob BLOB"
         )
     return found[0]
 
@@ -87,7 +87,7 @@ class Subject:
             raise ShapeError(
                 f'blob "{self.output}" has shape {text(made.shape)}, scores are (N, K)',
                 path=self.model.net.path,
-                hint="name the blob of scores: --output BLOB",
+                hint="name the blob of scores: --blob BLOB",
             )
         return made[: len(images)].reshape(len(images), -1).astype(np.float64)
 

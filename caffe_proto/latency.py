@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,13 +14,14 @@ import onnxruntime
 from . import quantize
 from .costs import cost
 from .errors import FileError, UsageError
-from .files import read_bytes
+from .files import missing, read_bytes
 from .graph import build
-from .layers.emit import Sheet
-from .model import Model, load
+from .kernels import Kernel, NodeNames, medians, read_runs
+from .model import Model, load, net_and_weights
 from .onnx_export import Request, draw, source_shapes, to_onnx
 from .runtime import Engine, open_onnx
 from .shape_inference import infer
+from .why import LOW, Cause, Rates, explain
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -32,36 +31,6 @@ _DTYPES = {
     "tensor(int32)": np.int32,
     "tensor(uint8)": np.uint8,
 }
-
-
-LEARNT = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_KERNEL = "_kernel_time"
-
-
-class NodeNames:
-    """Which layer a kernel belongs to: onnxruntime calls it after a node, or after the tensor it ends in."""
-
-    def __init__(self, sheet: Sheet) -> None:
-        self._constants = frozenset(sheet.constants)
-        self._nodes = {node.name: node for node in sheet.nodes}
-        self._makers = {name: node for node in sheet.nodes for name in node.outputs}
-
-    def layer(self, name: str, op: str) -> str:
-        """The layer by a kernel's name and operator; "" where there is none.
-
-        A convolution or product that took what follows into itself is called after the last of that.
-        """
-        node = self._nodes.get(name) or self._makers.get(name)
-        if op.removeprefix("Fused") in LEARNT:
-            while node is not None and node.op not in LEARNT:
-                sources = [source for source in node.inputs if source not in self._constants]
-                node = self._makers.get(sources[0]) if len(sources) == 1 else None
-        return node.layer if node is not None else ""
-
-
-def node_name(kernel: str) -> str:
-    """The node or tensor by the name that a profile gives to its kernel."""
-    return kernel.removesuffix(_KERNEL).removesuffix("_nchwc").removeprefix("fused ")
 
 
 @dataclass(frozen=True)
@@ -76,11 +45,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """What the nodes of one layer take: their operators, and milliseconds (the sum of the nodes' medians)."""
+    """What the kernels of one layer take: their operators, and milliseconds (the sum of their medians)."""
 
     name: str
     ops: str
     milliseconds: float
+    kernels: tuple[Kernel, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,12 +75,14 @@ class Subject:
 class Gain:
     """One layer of a net, and what stands in its place in another: milliseconds and MACs before and after.
 
-    ``name`` is "" for everything that takes time without multiplying.
+    ``name`` is "" for everything that takes time without multiplying. ``why``: what the time goes into where the
+    efficiency is below `LOW`, the largest cause first.
     """
 
     name: str
     ms: tuple[float, float]
     macs: tuple[int, int]
+    why: tuple[Cause, ...] = ()
 
     @property
     def measured(self) -> float:
@@ -127,15 +99,20 @@ class Gain:
         """The share of the arithmetic speed-up that is measured: their ratio."""
         return self.measured / self.arithmetic if self.arithmetic is not None else None
 
+    @property
+    def lost(self) -> float:
+        """Milliseconds beyond those that the arithmetic speed-up leaves."""
+        return self.ms[1] - self.ms[0] / self.arithmetic if self.arithmetic is not None else 0.0
+
 
 def subject(item: str, *, batch: int | None, seed: int, phase: str = "TEST") -> Subject:
     """``NET[,WEIGHTS]`` or ``MODEL.onnx`` as something to time; random weights where none are given."""
     if item.endswith(".onnx"):
         if not Path(item).is_file():
-            raise FileError("no such file", path=item)
+            raise missing(item)
         return Subject(item, item)
-    net, _, weights = item.partition(",")
-    model = load(net, weights or None, phase=phase)
+    net, weights = net_and_weights(item)
+    model = load(net, weights, phase=phase)
     return of_model(item, model, Request(batch=batch, random_seed=None if weights else seed))
 
 
@@ -258,7 +235,8 @@ def profiles(
 ) -> list[list[LayerTime]]:
     """Time by layer in execution order for each model, as onnxruntime's own profiler counts it, run in turn.
 
-    A fused node counts for the layer whose operator leads it; nodes that onnxruntime adds keep their names.
+    A fused node counts for the layer whose operator leads it; what onnxruntime adds to convert a tensor, for the
+    layer that made it; other nodes that it adds keep their names.
     """
     with tempfile.TemporaryDirectory() as folder:
         quiet = Engine(engine.threads, engine.provider, spin=False, profile=True)
@@ -266,24 +244,20 @@ def profiles(
         for _ in range(runs + 1):
             for runner in runners:
                 runner.run()
-        events = [json.loads(Path(runner.ort.end_profiling()).read_text()) for runner in runners]
-    return [_by_layer(one, found, runs) for one, found in zip(subjects, events, strict=True)]
+        found = [read_runs(Path(runner.ort.end_profiling()), runs + 1)[1:] for runner in runners]
+    return [_by_layer(medians(events, one.nodes)) for one, events in zip(subjects, found, strict=True)]
 
 
-def _by_layer(one: Subject, events: Sequence[Mapping[str, Any]], runs: int) -> list[LayerTime]:
-    """The last ``runs`` runs of a profile."""
-    kernels: dict[tuple[str, str], list[float]] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
-            key = (event["name"], event["args"]["op_name"])
-            kernels.setdefault(key, []).append(event["dur"] / 1e3)
-    layers: dict[str, tuple[list[str], float]] = {}
-    for (name, op), found in kernels.items():
-        layer = one.nodes.layer(node_name(name), op) if one.nodes is not None else ""
-        layer = layer or name.removesuffix(_KERNEL)
-        ops, total = layers.get(layer, ([], 0.0))
-        layers[layer] = ([*ops, op], total + float(np.median(found[-runs:])))
-    return [LayerTime(name, "+".join(dict.fromkeys(ops)), total) for name, (ops, total) in layers.items()]
+def _by_layer(kernels: Sequence[Kernel]) -> list[LayerTime]:
+    parts: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        parts.setdefault(kernel.layer or kernel.name, []).append(kernel)
+    return [
+        LayerTime(
+            name, "+".join(dict.fromkeys(one.op for one in own)), sum(one.ms for one in own), tuple(own)
+        )
+        for name, own in parts.items()
+    ]
 
 
 def replaced(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:
@@ -306,24 +280,32 @@ def gains(
 ) -> list[Gain]:
     """What became of every layer that multiplies, and of all the rest together, from the profiles of two nets.
 
-    A layer whose operators onnxruntime has merged into others', or which is not matched, counts for the rest.
+    A layer whose operators onnxruntime has merged into others', or which is not matched, counts for the rest; an
+    operator that one net has merged into a layer and the other has not, for that layer.
     """
     owners = replaced(list(first.macs), list(second.macs))
-    old = {one.name: one.milliseconds for one in before}
-    new: dict[str, float] = {}
+    old = {one.name: one for one in before}
+    parts: dict[str, list[LayerTime]] = {}
     macs: dict[str, int] = {}
     for name, count in second.macs.items():
         macs[owners.get(name, "")] = macs.get(owners.get(name, ""), 0) + count
     for one in after:
         owner = owners.get(one.name, "")
-        new[owner] = new.get(owner, 0.0) + one.milliseconds
-    rows = [
-        Gain(name, (old[name], new[name]), (count, macs[name]))
-        for name, count in first.macs.items()
-        if count and name in old and name in new and macs.get(name)
-    ]
+        if owner and owner not in old and first.nodes is not None:
+            owner = first.nodes.host(owner) or owner
+        parts.setdefault(owner, []).append(one)
+    new = {name: sum(one.milliseconds for one in found) for name, found in parts.items()}
+    rates = Rates.of([kernel for one in (*before, *after) for kernel in one.kernels])
+    rows = []
+    for name, count in first.macs.items():
+        if count and name in old and name in new and macs.get(name):
+            row = Gain(name, (old[name].milliseconds, new[name]), (count, macs[name]))
+            if (row.efficiency or 1.0) < LOW:
+                kernels = [kernel for one in parts[name] for kernel in one.kernels]
+                row = replace(row, why=explain(row.ms, row.macs, old[name].kernels, kernels, rates))
+            rows.append(row)
     rest = (
-        sum(old.values()) - sum(row.ms[0] for row in rows),
+        sum(one.milliseconds for one in before) - sum(row.ms[0] for row in rows),
         sum(new.values()) - sum(row.ms[1] for row in rows),
     )
     left = (

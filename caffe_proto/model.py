@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from . import files, weights
+from .errors import UsageError
 from .net import Net, NetState
 from .net import load as load_net
 from .weights import Weights
@@ -51,6 +52,20 @@ def load(
     """
     state = NetState(phase, tuple(stages), level)
     return Model(load_net(net, state), weights.load(weights_path) if weights_path is not None else None)
+
+
+def net_and_weights(item: str) -> tuple[str, str | None]:
+    """``NET[,WEIGHTS]`` as two paths: at the first comma behind which NET is a file, as a path may hold commas.
+
+    Raises UsageError where there are weights alone.
+    """
+    commas = [i for i, letter in enumerate(item) if letter == ","]
+    if Path(item).is_file() or not commas:
+        if Path(item).is_file() and files.is_binary(item):
+            raise UsageError("is no net; weights stand behind theirs", path=item, hint="NET,WEIGHTS")
+        return item, None
+    at = next((i for i in commas if Path(item[:i]).is_file()), commas[0])
+    return item[:at], item[at + 1 :] or None
 
 
 def save(model: Model, net_path: str | Path, weights_path: str | Path | None = None) -> None:

@@ -7,18 +7,18 @@ as the V2 layers that they upgrade to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from . import files, text, upgrade
 from .errors import NetError, PrototxtError, UsageError
+from .errors import nearest as nearest
 from .text import Document, Field, Message, Scalar
 from .upgrade import V1_TYPES as V1_TYPES
 
 _LAYER_FIELDS = {"V2": "layer", "V1": "layers", "V0": "layers"}
-_CANDIDATES, _LONGEST = 1000, 200  # how many names, and of which length, a misspelt one is compared with
 
 
 @dataclass(frozen=True)
@@ -259,17 +259,6 @@ class Net:
 def _raw(message: Message, name: str) -> tuple[str, ...]:
     """The scalar values of that name as they stand, strings in their quotes."""
     return tuple(found.value.text for found in message.all(name) if isinstance(found.value, Scalar))
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint that names the known names closest to a misspelt one, among the last of them."""
-    from difflib import get_close_matches
-
-    candidates = [one for one in known[-_CANDIDATES:] if len(one) <= _LONGEST]
-    close = get_close_matches(name, candidates, n=3) if len(name) <= _LONGEST else []
-    if close:
-        return "did you mean " + " or ".join(f'"{one}"' for one in close) + "?"
-    return "known: " + ", ".join(known[:8]) + (" ..." if len(known) > 8 else "")
 
 
 def parse(source: str, path: object = None, state: NetState | None = None) -> Net:

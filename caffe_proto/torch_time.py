@@ -14,7 +14,7 @@ from .costs import cost
 from .errors import UsageError
 from .graph import build
 from .latency import Timing, in_turn
-from .model import load
+from .model import load, net_and_weights
 from .onnx_export import Request, source_shapes
 from .shape_inference import infer
 from .torch_net import TorchNet
@@ -34,8 +34,8 @@ class TorchSubject:
         if item.endswith(".onnx"):
             raise UsageError("torch cannot run ONNX files", path=item, hint="give the net and its weights")
         _check(device)
-        path, _, weights = item.partition(",")
-        model = load(path, weights or None)
+        path, weights = net_and_weights(item)
+        model = load(path, weights)
         built = build(model.net)
         shapes = source_shapes(built, Request(batch=batch))
         shaped = infer(built, shapes)

@@ -27,6 +27,7 @@ from .errors import FileError, UsageError, WeightsError
 from .graph import build
 from .net import Net
 from .outputs import with_outputs
+from .peers import connect, world
 from .shape_inference import infer
 from .snapshots import State
 from .solver import Solver
@@ -168,10 +169,9 @@ def set_threads(count: int) -> None:
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Peers, str]]:
     """The processes that torchrun started, and this one's device; alone without torchrun."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("torch finds no CUDA device", hint="use --device cpu")
-    if world < 2:
+    if world() == 1:
         yield ALONE, device
         return
     if device == "cuda":
@@ -179,7 +179,7 @@ def joined(device: str) -> Iterator[tuple[Peers, str]]:
         torch.cuda.set_device(device)
     mine = not torch.distributed.is_initialized()
     if mine:
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        connect("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Peers(torch.distributed.get_rank(), torch.distributed.get_world_size()), device
         if mine:

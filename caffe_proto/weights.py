@@ -25,7 +25,7 @@ import numpy as np
 
 from . import wire
 from .errors import CaffemodelError, UsageError
-from .files import text_bytes, unreadable
+from .files import is_binary, text_bytes, unreadable
 from .wire import BYTES, FIXED32, FIXED64, VARINT, WireError
 
 if TYPE_CHECKING:
@@ -336,7 +336,9 @@ def _load_mapped(buffer: MappedFile, path: str) -> Weights:
             else:
                 pieces.append(Raw(buffer, field.start, field.end))
     except WireError as error:
-        raise CaffemodelError(_broken(buffer, layers, error), path=path, hint="download it again") from error
+        plain = not layers and not is_binary(path)
+        said = "no caffemodel but text" if plain else _broken(buffer, layers, error)
+        raise CaffemodelError(said, path=path, hint="download it again") from error
     if not layers:
         raise CaffemodelError("holds no layer; it is no caffemodel", path=path)
     return Weights(pieces, path=path, dialect=dialect)

@@ -114,6 +114,15 @@ def _places(plan: Plan, model: Model, given: dict[str, Shape]) -> Iterator[Coupl
         yield follow(one, shaped)
 
 
+def source_shapes(model: Model, known: InputShapes) -> dict[str, Shape]:
+    """Those of known shapes that a net has sources for, and of labels beside them: a train_val rarely says its own."""
+    graph = build(model.net)
+    found: dict[str, Shape] = {}
+    for value in graph.sources:
+        found |= _supplied(graph.nodes[value.node].layer.tops, known)
+    return found
+
+
 def _supplied(tops: Sequence[str], known: InputShapes) -> dict[str, Shape]:
     """The plan's shapes for the tops of a data layer; its other tops are labels, one number an image."""
     batch = next((known[name][:1] for name in tops if name in known), None)

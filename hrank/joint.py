@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +61,30 @@ def _keeps(entry: Any) -> bool:
     return isinstance(entry, list) or (isinstance(entry, Mapping) and "keep" in entry)
 
 
+def check_kind(source: str, wanted: str, path: object = None) -> None:
+    """Raise PlanError where a plan file is of another kind than ``wanted``, "prune" or "decompose"."""
+    kind = prunes(source, path)
+    value = read_json(source, path)
+    if kind == "both":
+        raise PlanError(
+            "is a plan that prunes a net and decomposes what is left",
+            path=path,
+            hint="caffe-lra apply PLAN NET WEIGHTS -o PREFIX makes both of it",
+        )
+    if kind == "prune" and wanted == "decompose":
+        raise PlanError(
+            "is a plan that prunes",
+            path=path,
+            hint="caffe-lra prune NET WEIGHTS --plan PLAN -o PREFIX applies it, to a train_val caffe-lra apply",
+        )
+    if kind is None and wanted == "prune" and value.get("layers", value):
+        raise PlanError(
+            "is a plan that decomposes",
+            path=path,
+            hint="caffe-lra decompose NET WEIGHTS --plan PLAN -o PREFIX applies it, to a train_val caffe-lra apply",
+        )
+
+
 def decompose_rest(
     pruned: Model, macs: tuple[int, int], speedup: float, input_shapes: InputShapes | None = None
 ) -> tuple[DecompositionPlan, Model, decomposing.Report]:
@@ -81,11 +105,17 @@ def decompose_rest(
 
 
 def apply(
-    joint: Joint, model: Model, *, force: bool = False, input_shapes: InputShapes | None = None
+    joint: Joint,
+    model: Model,
+    *,
+    force: bool = False,
+    input_shapes: InputShapes | None = None,
+    between: Callable[[Model], Model] = lambda pruned: pruned,
 ) -> tuple[Model, pruning.Report, decomposing.Report]:
-    """Prune a net, or a sibling of it, and decompose what is left."""
+    """Prune a net, or a sibling of it, and decompose what is left; ``between`` repairs the pruned net."""
     pruned, first = pruning.apply(joint.prune, model, force=force, sibling=True, input_shapes=input_shapes)
+    shapes = pruning.source_shapes(model, {**joint.prune.inputs, **(input_shapes or {})})
     changed, second = decomposing.apply(
-        joint.decompose, pruned, force=force, sibling=True, input_shapes=input_shapes
+        joint.decompose, between(pruned), force=force, sibling=True, input_shapes=shapes
     )
     return changed, first, second

@@ -22,6 +22,7 @@ from caffe_proto.evaluation import image_input
 from caffe_proto.graph import Value, build
 from caffe_proto.layers.spec import text
 from caffe_proto.model import Model
+from caffe_proto.peers import ALONE, Peers
 from caffe_proto.runtime import Engine
 from caffe_proto.segments import Segments
 from caffe_proto.shape_inference import InputShapes, Shaped, infer
@@ -139,6 +140,7 @@ def measure(
     rectify: bool = False,
     threads: int = 0,
     step: Callable[[int], None] = lambda n: None,
+    peers: Peers = ALONE,
 ) -> Measured:
     """Statistics at all sites from one pass of images (n, C, H, W), preprocessed, in one array or in batches.
 
@@ -150,6 +152,7 @@ def measure(
         rectify: read max(maps, 0) at sites that no ReLU stands before.
         threads: of onnxruntime, and as many that rank; 0 for one a core.
         step: called with the number of images after each batch that was ranked.
+        peers: the processes that share the images; all come to the statistics of all images.
 
     Raises UsageError where there is no image, a layer has no site, or images are not what the net takes; NetError
     where maps hold values that are not finite; WeightsError where the weights do not belong to the net.
@@ -196,6 +199,10 @@ def measure(
             sums[key] = made
         if done:
             step(done)
+    sums, *others = peers.exchange(sums)
+    for found in others:
+        for key, one in found.items():
+            sums[key].merge(one)
     of = {site.layer: sums[sharing[0].layer] for sharing in groups for site in sharing}
     measured.sums.update({site.layer: of[site.layer] for site in wanted})
     return measured

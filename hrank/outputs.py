@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from caffe_proto import console
+from caffe_proto.cli_time import gain_document, show_gains
 
 if TYPE_CHECKING:
     from caffe_proto.evaluation import Evaluation, Share
-    from caffe_proto.latency import Timing
+    from caffe_proto.latency import Gain, Timing
+    from lra.applier import Row
 
     from .applier import Report
     from .counts import Count
-
-
-@dataclass(frozen=True)
-class Repair:
-    """A repair that was made: layers with other numbers, their errors where it has any, and why others were left."""
-
-    name: str
-    changed: tuple[str, ...]
-    kept: Mapping[str, str]
-    errors: Mapping[str, float] = field(default_factory=dict)
+    from .repairing import Repair
+    from .tuning import Trained
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,9 @@ class Said:
     repairs: Sequence[Repair] = ()
     times: Sequence[Timing] = ()
     total: tuple[int, int] | None = None  # MACs before pruning, and after it and decomposing
+    trained: Sequence[Trained] = ()
+    decomposed: Sequence[Row] = ()
+    gains: Sequence[Gain] = ()
 
 
 def _ratio(before: float, after: float) -> float:
@@ -93,6 +90,21 @@ def document(said: Said, trials: Sequence[Trial]) -> dict[str, Any]:
             for one in said.repairs
         ],
     }
+    if said.decomposed:
+        made["decomposed"] = [
+            {"name": row.name, "scheme": row.scheme, "ranks": list(row.ranks)} for row in said.decomposed
+        ]
+    if said.trained:
+        made["finetune"] = [
+            {
+                "layers": list(one.layers),
+                "iterations": one.iterations,
+                "loss": one.loss,
+                "tests": [dict(test) for test in one.tests],
+                "files": {"weights": one.weights, "state": one.state},
+            }
+            for one in said.trained
+        ]
     if said.counted is not None:
         name, before, after = said.counted
         made["counted"] = {
@@ -102,6 +114,7 @@ def document(said: Said, trials: Sequence[Trial]) -> dict[str, Any]:
         }
     if said.times:
         made["latency_ms"] = [one.median for one in said.times]
+        made["gains"] = [gain_document(one) for one in said.gains]
     return made | ({"comparison": comparison(trials)} if trials else {})
 
 
@@ -149,6 +162,14 @@ def show(said: Said) -> None:
     show_kept(report.kept)
     for one in said.repairs:
         _show_repair(one)
+    for training in said.trained:
+        _show_training(training)
+    if said.decomposed:
+        chosen = (f"{row.name} {row.scheme} {'+'.join(map(str, row.ranks))}" for row in said.decomposed)
+        click.echo(f"then decomposed, scheme and ranks: {', '.join(chosen)}")
+    if said.gains:
+        click.echo()
+        show_gains(said.gains)
     click.echo()
     for name, pair in (
         ("MACs, whole net", report.macs),
@@ -194,6 +215,19 @@ def _show_repair(one: Repair) -> None:
     click.echo(f"repair {one.name}: {len(one.changed)} layers{error}")
     for name, reason in one.kept.items():
         click.echo(f"  not {name}: {reason}")
+
+
+def _show_training(one: Trained) -> None:
+    found = [
+        f"{name} {', '.join(f'{value:.4g}' for value in values)}"
+        for test in one.tests
+        for name, values in test.items()
+    ]
+    tested = f"; test {', '.join(found)}" if found else ""
+    click.echo(
+        f"trained {one.iterations:,} iterations behind pruning {', '.join(one.layers)}: loss {one.loss:.4g}{tested};"
+        f" {one.weights}"
+    )
 
 
 def show_trials(trials: Sequence[Trial]) -> None:

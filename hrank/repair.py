@@ -23,6 +23,7 @@ from caffe_proto.layers.norm import BatchNormParams
 from caffe_proto.layers.spec import Arrays
 from caffe_proto.model import Model
 from caffe_proto.offsets import added
+from caffe_proto.peers import ALONE, Peers
 from caffe_proto.rewrite import Narrow
 from caffe_proto.rewrite import apply as rewrite
 from caffe_proto.runtime import Engine
@@ -49,13 +50,18 @@ class Repaired:
 
 
 def reestimate(
-    model: Model, images: Array, *, threads: int = 0, step: Ticks = lambda _images: None
+    model: Model,
+    images: Array,
+    *,
+    threads: int = 0,
+    step: Ticks = lambda _images: None,
+    peers: Peers = ALONE,
 ) -> Repaired:
     """Mean and variance of every BatchNorm from what it reads of the images, shallow to deep.
 
     ``mean = E[x]``, ``var = E[(x - mean)^2]`` over images and places of each channel; each layer sees what those
     before it make with their new statistics. Images (N, C, H, W) as the net wants them; labels are not needed.
-    ``step`` is told of the images read, N for each BatchNorm.
+    ``step`` is told of the images read, N for each BatchNorm. ``peers``: the processes that share the images.
 
     Raises UsageError where the net has no BatchNorm with statistics of its own.
     """
@@ -81,7 +87,7 @@ def reestimate(
             goals = list(dict.fromkeys(bottoms[other] for other in norms[position:]))
             advance(parts, store, batch, index - 1, goals)
             if shaped.graph.nodes[index].name not in kept:
-                blobs[index] = _statistics(store, bottoms[index], blobs[index], batch)
+                blobs[index] = _statistics(store, bottoms[index], blobs[index], batch, peers)
             step(len(images))
     names = [shaped.graph.nodes[index].name for index in norms]
     edits = [
@@ -99,12 +105,14 @@ def compensate(
     mask_only: bool = False,
     threads: int = 0,
     step: Ticks = lambda _images: None,
+    peers: Peers = ALONE,
 ) -> Repaired:
     """What removed channels gave the layers behind on average, added there as a constant.
 
     ``b_o += mean over places of sum_{c removed} W[o, c] * E[x_c]``, where E[x_c] is the mean map of channel c in
     the whole net, (H, W), so that zeros around it count as they do in the net. A layer without a bias has it in the
-    BatchNorm, Scale or Bias behind. ``model`` is the net before the plan, ``pruned`` after it.
+    BatchNorm, Scale or Bias behind. ``model`` is the net before the plan, ``pruned`` after it; ``peers`` are the
+    processes that share the images.
     """
     shaped, blobs, source = _looked_at(model, images)
     coupling = follow(model, shaped)
@@ -116,7 +124,9 @@ def compensate(
         if len(coupling.notes[index].bottoms) > 1
     }
     reading = [index for index in reading if coupling.notes[index].layer not in kept]
-    means = _mean_maps(shaped, blobs, source, images, reading, Engine(threads), step)
+    totals = _sums_of_maps(shaped, blobs, source, images, reading, Engine(threads), step)
+    count = peers.sum(len(images))
+    means = {index: peers.sum(total) / count for index, total in totals.items()}
     after, others, _ = _looked_at(pruned, images)
     edits: dict[str, Arrays] = {}
     done = []
@@ -183,7 +193,7 @@ def _shared(shaped: Shaped, norms: Sequence[int]) -> dict[str, str]:
     return {shaped.graph.nodes[index].name: "it shares its statistics" for index in sorted(several)}
 
 
-def _statistics(store: Store, value: Value, old: Arrays, batch: int) -> Arrays:
+def _statistics(store: Store, value: Value, old: Arrays, batch: int, peers: Peers) -> Arrays:
     """Mean and variance of each channel over all images, and 1 for the number they are divided by."""
     count, total, squares = 0, 0.0, 0.0
     for start, stop in _slices(store.n_images, batch):
@@ -192,8 +202,9 @@ def _statistics(store: Store, value: Value, old: Arrays, batch: int) -> Arrays:
         count += array.size // array.shape[1]
         total = total + array.sum(axes)
         squares = squares + (array**2).sum(axes)
-    mean = np.asarray(total) / count
-    variance = np.maximum(np.asarray(squares) / count - mean**2, 0)
+    count = peers.sum(count)
+    mean = np.asarray(peers.sum(total)) / count
+    variance = np.maximum(np.asarray(peers.sum(squares)) / count - mean**2, 0)
     made = (mean, variance, np.ones(1))
     return tuple(one.astype(np.float32).reshape(was.shape) for one, was in zip(made, old, strict=True))
 
@@ -210,11 +221,11 @@ def _is_column(note: Channels, ids: Array) -> bool:
     return not note.depthwise and not np.isin(ids, note.filters).any()
 
 
-def _mean_maps(
+def _sums_of_maps(
     shaped: Shaped, blobs: dict[int, Arrays], source: Value, images: Array, readers: Sequence[int],
     engine: Engine, step: Ticks,
 ) -> dict[int, Array]:  # fmt: skip
-    """E over images of what each of these layers reads: one pass, (1, C, ...) float64 each."""
+    """Sum over images of what each of these layers reads: one pass, (1, C, ...) float64 each."""
     bottoms = {index: shaped.graph.nodes[index].inputs[0] for index in readers}
     values = list(dict.fromkeys(bottoms.values()))
     totals: dict[Value, Array] = {}
@@ -231,7 +242,7 @@ def _mean_maps(
             )
             totals[value] = totals.get(value, 0.0) + total
         step(len(part))
-    return {index: totals[value] / len(images) for index, value in bottoms.items()}
+    return {index: totals[value] for index, value in bottoms.items()}
 
 
 def _lost(

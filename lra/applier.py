@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from caffe_proto.rewrite import apply as rewrite
 from caffe_proto.shape_inference import InputShapes, infer
 
 from .decomposition import Step, StepShape
+from .merging import Merge, merge
 from .plan import REFIT, LayerPlan, Plan, Predicted
 from .schemes import ALL_SCHEMES
-from .styles import STYLES, new_layers, renamed_tops
+from .styles import STYLES, new_layers, renamed_tops, unwritable
 from .targets import Found, Spectra, Target, find
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a net: rows, totals before and after, layers kept with the reason, doubts, times predicted."""
+    """What became of a net: rows, totals before and after, layers kept with the reason, doubts, times predicted.
+
+    ``merges``: rows of layers that became one, before the decomposition; ``late_merges``: behind it.
+    """
 
     rows: tuple[Row, ...]
     macs: tuple[int, int]
@@ -61,6 +65,8 @@ class Report:
     warnings: tuple[str, ...] = ()
     predicted: Predicted | None = None
     polish: PolishReport | None = None
+    merges: tuple[Merge, ...] = ()
+    late_merges: tuple[Merge, ...] = ()
 
 
 def apply(
@@ -84,6 +90,9 @@ def apply(
     A plan that fits responses needs the ``images`` it was made with: a Calibration, an array (N, C, H, W) as the
     net wants it, or arrays by blob. ``step`` is called as the fitting goes on: one call more than layers.
 
+    A plan that merges does so first, with exactly the rows that it names, and again in the end, with the rows that it
+    names or whatever the new layers give; ``found`` and ``spectra``, where they are given, are of the net merged first.
+
     ``engine``: how the net shall run; a plan by measured time warns where its times are of another processor,
     release of onnxruntime or, with an ``engine``, other threads or another provider.
 
@@ -91,6 +100,9 @@ def apply(
     lacks, UsageError on a rank a layer cannot have.
     """
     plan.check(model, force=force, sibling=sibling)
+    original, merges = model, plan.merges
+    joined = merge(model, input_shapes, merges) if merges is not None else None
+    model = joined.model if joined is not None else model
     found = found or find(model, input_shapes)
     here = _Place(found, spectra or Spectra(found))
     fits = _fitted(plan, here, images, force, step)
@@ -103,6 +115,8 @@ def apply(
     errors: dict[str, float | None] = {}
     ties = _Ties()
     for name, entry in plan.layers.items():
+        if refused := unwritable(str(plan.target.get("style", "default")), entry.scheme):
+            raise PlanError(refused, layer=name, hint="use --style default")
         place = here if name in found.targets else _other_phase(here, name, input_shapes)
         target = _target(place.found, name)
         steps: Sequence[Step | StepShape]
@@ -123,7 +137,26 @@ def apply(
     if plan.target.get("fold_bn"):
         changed, unfolded = fold_batchnorm(changed, input_shapes)
         warnings += tuple(f'layer "{name}" is not folded: {reason}' for name, reason in unfolded.items())
-    return changed, _report(plan, found, changed, edits, errors, set(fitted), warnings, input_shapes)
+    rows = list(_rows(plan, found, changed, edits, errors, set(fitted), input_shapes))
+    again = merge(changed, input_shapes, plan.late_merges) if joined is not None else None
+    if again is not None:
+        changed = again.model
+        warnings += tuple(
+            f'layers "{first}" and "{second}" stay apart: {reason}'
+            for (first, second), reason in again.apart.items()
+        )
+    before, after = (count(infer(build(one.net), input_shapes, partial=True)) for one in (original, changed))
+    return changed, Report(
+        tuple(rows),
+        (before.macs, after.macs),
+        (before.conv_macs, after.conv_macs),
+        (before.params, after.params),
+        dict(plan.kept),
+        warnings,
+        plan.predicted,
+        merges=joined.merges if joined is not None else (),
+        late_merges=again.merges if again is not None else (),
+    )
 
 
 def doubts(plan: Plan, engine: Engine | None) -> tuple[str, ...]:
@@ -220,20 +253,17 @@ def _steps(
     return chain.steps, chain.error(target.kernel(blobs[0]))
 
 
-def _report(
+def _rows(
     plan: Plan,
     found: Found,
     changed: Model,
     edits: Iterable[Replace],
     errors: dict[str, float | None],
     fitted: set[str],
-    warnings: tuple[str, ...],
     inputs: InputShapes | None,
-) -> Report:
-    before = count(found.shaped)
-    after = count(infer(build(changed.net), inputs, partial=True))
-    macs = after.by_layer
-    rows = []
+) -> Iterator[Row]:
+    """What a report says of each layer of the plan."""
+    macs = count(infer(build(changed.net), inputs, partial=True)).by_layer
     for edit in edits:
         entry, target = plan.layers[edit.layer], found.targets.get(edit.layer)
         full, pair = None, None
@@ -242,13 +272,4 @@ def _report(
                 full = ALL_SCHEMES[entry.scheme].max_rank(target.shape, target.geometry.group)
             pair = (target.macs, sum(macs[new.name].macs for new in edit.new))
         of = "responses" if edit.layer in fitted else "weights"
-        rows.append(Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer], of, entry.ms))
-    return Report(
-        tuple(rows),
-        (before.macs, after.macs),
-        (before.conv_macs, after.conv_macs),
-        (before.params, after.params),
-        dict(plan.kept),
-        warnings,
-        plan.predicted,
-    )
+        yield Row(edit.layer, entry.scheme, entry.ranks, full, pair, errors[edit.layer], of, entry.ms)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,14 +62,18 @@ class Study:
         samples = walker.sample(targets, calibration.stage, calibration.key(found), step)
         starts = {target.name: _start(target, spectra) for target in targets}
         moments = walker.moments(list(starts.values()), samples, step)
-        self.errors: dict[str, Errors] = {}
-        probes: dict[str, list[Decomposition]] = {}
-        self._probed: dict[str, Array] = {}
-        for target in targets:
+
+        def linear(target: Target) -> tuple[Errors, list[Decomposition], Array]:
             name, scale = target.name, walker.behind(target).scale
             fit = _Linear(target, starts[name], moments[name], scale, samples[name].responses)
-            self.errors[name] = fit.errors()
-            probes[target.name], self._probed[target.name] = fit.probes(self.errors[target.name])
+            errors = fit.errors()
+            return errors, *fit.probes(errors)
+
+        peers = walker.shared.peers
+        fits = {target.name: peers.told(partial(linear, target)) for target in targets}
+        self.errors: dict[str, Errors] = {name: errors for name, (errors, _, _) in fits.items()}
+        probes = {name: chains for name, (_, chains, _) in fits.items()}
+        self._probed: dict[str, Array] = {name: probed for name, (_, _, probed) in fits.items()}
         least, most = PROBE_IMAGES
         fair = PROBE_PASSES * walker.n_images // max(1, sum(map(len, probes.values())))
         sub = walker.last(min(walker.n_images, max(least, min(most, fair))))

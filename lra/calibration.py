@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from caffe_proto.data.batches import Batch, Batches
 from caffe_proto.errors import FileError, PlanError, UsageError
 from caffe_proto.graph import Graph
 from caffe_proto.layers.spec import Arrays, text
+from caffe_proto.peers import Peers, Share
 from caffe_proto.runtime import Engine
 from caffe_proto.shape_inference import infer
 
@@ -32,7 +34,7 @@ class Calibration:
 
     ``positions``: sampled places of each image; 0: 10, and more where there are fewer than 2,000 images.
     ``stage``: where activations are kept while fitting, and what a fit can be resumed from. ``fitted``: results
-    by what they depend on.
+    by what they depend on. ``share``: which of all images these are, where several processes share them.
     """
 
     images: Mapping[str, np.ndarray]
@@ -41,6 +43,7 @@ class Calibration:
     threads: int = 0
     stage: Stage = field(default_factory=Stage)
     fitted: dict[str, Any] = field(default_factory=dict)
+    share: Share | None = None
     _walkers: dict[int, tuple[Found, Walker]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,8 +51,18 @@ class Calibration:
 
     @property
     def count(self) -> int:
-        """Number of images."""
-        return len(next(iter(self.images.values())))
+        """Number of images, those of all processes."""
+        return self.shared.total
+
+    @cached_property
+    def shared(self) -> Share:
+        """Which of all images this process has."""
+        return self.share or Share.whole(len(next(iter(self.images.values()))))
+
+    @property
+    def peers(self) -> Peers:
+        """The processes that share the images."""
+        return self.shared.peers
 
     @classmethod
     def of(cls, graph: Graph, images: Any, **settings: Any) -> Calibration:
@@ -82,10 +95,11 @@ class Calibration:
     def _sha256(self) -> str:
         digest = hashlib.sha256()
         for name, array in self.images.items():
-            digest.update(name.encode() + str(array.shape).encode())
-            for start in range(0, len(array), _BATCH):
-                digest.update(array[start : start + _BATCH].tobytes())
-        return digest.hexdigest()
+            digest.update(name.encode() + str((self.count, *array.shape[1:])).encode())
+            for start in range(0, self.count, _BATCH):
+                here, share = self.shared.part(start, min(start + _BATCH, self.count))
+                digest.update(share.gathered(array[here]).tobytes())
+        return self.peers.told(digest.hexdigest)
 
     def key(self, found: Found) -> str:
         """What everything sampled depends on: net, weights, images, positions, seed."""
@@ -117,7 +131,7 @@ class Calibration:
         for name in self.images:
             if name not in sources:
                 raise UsageError(f'"{name}" is no input of the net')
-        size = min(_BATCH, self.count)
+        size = min(_BATCH, *map(len, self.images.values()))
         shaped = infer(
             graph, {name: (size, *array.shape[1:]) for name, array in self.images.items()}, partial=True
         )
@@ -129,8 +143,9 @@ class Calibration:
                 )
         images = {sources[name]: array for name, array in self.images.items()}
         return Walker(
-            shaped, found.blobs, images, Engine(self.threads), self.positions, self.seed, found.by_image
-        )
+            shaped, found.blobs, images, Engine(self.threads), self.positions, self.seed, found.by_image,
+            self.share,
+        )  # fmt: skip
 
 
 def _digest(layers: Iterable[Arrays]) -> str:
@@ -139,6 +154,32 @@ def _digest(layers: Iterable[Arrays]) -> str:
     for blob in (blob for blobs in layers for blob in blobs):
         digest.update(str(blob.shape).encode() + np.ascontiguousarray(blob).tobytes())
     return digest.hexdigest()
+
+
+def dealt(batches: Batches, peers: Peers, places: list[int]) -> Iterator[Batch]:
+    """The batches that are this process's: of several each reads every so manieth image.
+
+    ``places``: gets the places in the whole list of what could be read, where several processes share it.
+    """
+    if peers.world == 1:
+        yield from batches
+        return
+    if batches.shape is None:
+        batches.shape = peers.told(lambda: next((one.images.shape[1:] for one in batches), None))
+    own = range(peers.rank, batches.n_images, peers.world)
+    batches.indices, batches.size = batches.indices[own], 1
+    for batch in batches:
+        places.append(own[len(places) + len(batches.skipped)])
+        yield batch
+
+
+def share_of(peers: Peers, places: list[int]) -> Share:
+    """This process's share of what all have read. Raises UsageError where one has nothing of it."""
+    share = Share.of(peers, np.array(places, np.intp))
+    if share.total and 0 in peers.exchange(len(places)):
+        images = "1 image is too little" if share.total == 1 else f"{share.total} images are too few"
+        raise UsageError(f"{images} for {peers.world} processes", hint="give more, or start fewer processes")
+    return share
 
 
 def keep(batches: Iterable[np.ndarray], stage: Stage) -> np.ndarray | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 import caffe_proto
-from caffe_proto import console
+from caffe_proto import console, peers
 from caffe_proto.cli import COMMANDS as CAFFE_COMMANDS
+from caffe_proto.completion import complete_files, completion
 from caffe_proto.console import (
     input_shape_option,
     json_option,
@@ -27,12 +28,32 @@ from . import outputs
 from .cli_decompose import STYLE_NAMES, calibration_options, decompose, read_calibration
 from .cli_report import report
 from .cli_train import train
+from .cli_welcome import WELCOME, Sections
+
+if TYPE_CHECKING:
+    from caffe_proto.runtime import Engine
+
+    from .plan import Plan
+
+_SHARED = ("train", "decompose", "prune")  # commands of which several processes take a share each
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Sections, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(caffe_proto.__version__, prog_name="caffe-lra")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Make legacy Caffe networks fast again: decompose them, export ONNX, time them."""
+    command = context.invoked_subcommand
+    if command is None:
+        click.echo(WELCOME)
+        return
+    if peers.world() > 1 and command not in _SHARED:
+        if peers.rank():
+            context.exit()
+        known = ", ".join(_SHARED)
+        raise UsageError(f"{command} does not work in several processes", hint=f"{known} do; start one")
 
 
 @cli.command()
@@ -49,7 +70,7 @@ def cli() -> None:
 )
 @click.option(
     "--scheme",
-    type=click.Choice(["pca", "svd", "kmeans", "spatial", "response", "asymmetric-3d"]),
+    type=click.Choice(["pca", "svd", "kmeans", "spatial", "spatial-hv", "response", "asymmetric-3d"]),
     default="pca",
     show_default=True,
     help='What a bare rank {"conv1": 8} in PLAN means.',
@@ -72,8 +93,9 @@ def apply(
 
     param, fillers, lr_mult and phases are kept, so that fine-tuning can start. Without WEIGHTS the structure
     alone is written. PLAN may be a rank file {"conv1": 8} as older tools write them. Layers that exist in one
-    phase only are found too. A plan that fits responses needs the images it was made with. PLAN may also be of the
-    prune command, or of both.
+    phase only are found too. A plan that fits responses, or repairs, needs the images it was made with. A plan by measured time
+    warns where it was measured on another processor or release of onnxruntime; with --threads, also with other
+    threads. PLAN may also be of the prune command, or of both.
     """
     from caffe_proto.files import read_text
     from hrank.joint import prunes
@@ -84,7 +106,13 @@ def apply(
 
     source = read_text(plan_file)
     if prunes(source, plan_file):
-        _carry_pruning(plan_file, net, weights, prefix, force, input_shapes, phase, stages, level, as_json)
+        _carry_pruning(
+            fitting
+            | {
+                "plan_file": plan_file, "net": net, "weights": weights, "prefix": prefix, "force": force, "phase": phase,
+                "input_shapes": input_shapes, "stages": stages, "level": level, "as_json": as_json,
+            }
+        )  # fmt: skip
         return
     plan = Plan.from_json(source, plan_file).completed(scheme, style)
     model = console.load_model(net, weights, phase, stages, level)
@@ -97,8 +125,9 @@ def apply(
         total = 0 if images is None else images.count * (1 + len(plan.layers))
         with console.progress("fitting", total, "images") as step:
             changed, report = carry(
-                plan, model, images=images, step=step, force=force, sibling=True, input_shapes=input_shapes
-            )
+                plan, model, images=images, step=step, force=force, sibling=True, input_shapes=input_shapes,
+                engine=_engine(plan, fitting["threads"]),
+            )  # fmt: skip
     finally:
         stage.close()
     names = outputs.names(prefix, weights=weights is not None, onnx=False)
@@ -109,28 +138,28 @@ def apply(
         outputs.show(report, names, {}, [])
 
 
-def _carry_pruning(plan_file: str, *how: Any) -> None:
+def _engine(plan: Plan, threads: int) -> Engine | None:
+    """How the new net shall run, of a plan by measured time; None where --threads does not say it."""
+    source = click.get_current_context().get_parameter_source("threads")
+    if plan.predicted is None or source is not ParameterSource.COMMANDLINE:
+        return None
+    from caffe_proto.runtime import Engine  # brings onnxruntime
+
+    return Engine(threads)
+
+
+def _carry_pruning(given: dict[str, Any]) -> None:
     """What apply does with a plan that prunes; the options of decompositions do not go with it."""
-    from hrank.cli import carry
+    from hrank.cli_apply import carry
 
     context = click.get_current_context()
-    known = {
-        "plan_file",
-        "net",
-        "weights",
-        "prefix",
-        "force",
-        "input_shapes",
-        "phase",
-        "stages",
-        "level",
-        "as_json",
+    said = {
+        str(option.name)
+        for option in context.command.params
+        if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
     }
-    for option in context.command.params:
-        said = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
-        if said and option.name not in known:
-            raise UsageError(f"{option.opts[0]} does not go with a plan that prunes")
-    carry(plan_file, *how)
+    console.refuse(said & {"scheme", "style"}, "does not go with a plan that prunes", {})
+    carry(given, frozenset(said))
 
 
 @cli.command()
@@ -145,8 +174,9 @@ def demo(folder: str, threads: int) -> None:
     run(Path(folder), threads, main)
 
 
-for _command in (decompose, prune, train, report, *CAFFE_COMMANDS):
+for _command in (decompose, prune, train, report, completion, *CAFFE_COMMANDS):
     cli.add_command(_command)
+complete_files(cli)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

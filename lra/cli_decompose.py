@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,13 +22,15 @@ from caffe_proto.console import (
     threads_option,
 )
 from caffe_proto.errors import UsageError
+from caffe_proto.peers import ALONE, Peers, joined, threads
 
 from . import outputs
+from .cli_report import check_charts, report_option, write_page
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from caffe_proto.data.batches import Batch, Batches
+    from caffe_proto.data.batches import Batch
     from caffe_proto.latency import Subject
     from caffe_proto.model import Model
     from caffe_proto.runtime import Engine
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
     from .applier import Report
     from .calibration import Calibration
     from .latency import Latency
-    from .plan import Plan
+    from .plan import LayerPlan, Plan
+    from .report_given import Accuracy, Given, Times
     from .stage import Stage
     from .targets import Found, Spectra
 
@@ -49,6 +53,15 @@ STYLE_NAMES = [
     "he",
     "girshick",
 ]  # lra.styles.STYLES, without waiting for its imports
+
+
+_AMOUNTS = {
+    "--speedup": "speedup",
+    "--energy": "energy",
+    "--ranks": "ranks",
+    "--rank-config": "rank_config",
+    "--plan": "plan_file",
+}
 
 
 def _numbers(value: str | None) -> list[int] | None:
@@ -97,18 +110,22 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_calibration(
-    model: Model, given: Mapping[str, Any], stage: Stage, note: Callable[[Batch], None] = lambda _batch: None
+    model: Model,
+    given: Mapping[str, Any],
+    stage: Stage,
+    note: Callable[[Batch], None] = lambda _batch: None,
+    peers: Peers = ALONE,
 ) -> Calibration:
     """The images that the options of ``calibration_options`` name, as the net wants them, in a file of the stage.
 
-    ``note`` is told of every batch read, labels included.
+    ``note`` is told of every batch read, labels included. Of several processes each reads its share.
     """
     from caffe_proto.data import open_source
     from caffe_proto.data.batches import Batches
     from caffe_proto.evaluation import image_input, input_shape
     from caffe_proto.graph import build
 
-    from .calibration import Calibration, keep
+    from .calibration import Calibration, dealt, keep, share_of
 
     shape = input_shape(model, given["input_shapes"])
     transform = prepared(model, shape, *(given[name] for name in ("mean", "scale", "crop", "resize", "bgr")))
@@ -120,19 +137,24 @@ def read_calibration(
         batches = Batches(
             source, transform, n_images=count, seed=seed, shape=inputs, skip_bad=given["skip_bad"]
         )
+        places: list[int] = []
         with console.progress("reading images", batches.n_images, "images") as step:
-            images = keep(_counted(batches, step, note), stage)
-    for bad in batches.skipped:
+            images = keep(_counted(dealt(batches, peers, places), step, note), stage)
+    left_out = peers.sum(batches.skipped)
+    for bad in left_out if peers.rank == 0 else ():
         click.echo(f"left out: {bad}", err=True)
+    share = share_of(peers, places) if peers.world > 1 else None
     if images is None:
         raise UsageError("none of its images can be read", path=given["images"])
     graph = build(model.net)
     blob = graph.blob(image_input(graph))
-    return Calibration({blob: images}, given["positions"] or 0, seed, given["threads"], stage)
+    return Calibration(
+        {blob: images}, given["positions"] or 0, seed, threads(given["threads"]), stage, share=share
+    )
 
 
 def _counted(
-    batches: Batches, step: Callable[[int], None], note: Callable[[Batch], None]
+    batches: Iterable[Batch], step: Callable[[int], None], note: Callable[[Batch], None]
 ) -> Iterator[np.ndarray]:
     for batch in batches:
         note(batch)
@@ -152,7 +174,7 @@ def _counted(
 )
 @click.option(
     "--scheme",
-    type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial", "response", "asymmetric-3d"]),
+    type=click.Choice(["auto", "pca", "svd", "kmeans", "spatial", "spatial-hv", "response", "asymmetric-3d"]),
     default="auto",
     show_default=True,
     help="auto: by layer, the best by energy, or with --images and --speedup by measured errors; response and "
@@ -241,6 +263,12 @@ def _counted(
     "--fold-bn", is_flag=True, help="Fold BatchNorm and Scale layers into the convolutions before them."
 )
 @click.option(
+    "--merge",
+    is_flag=True,
+    help="First join layers in a row with nothing in between that cost less as one, and again in the end; alone: "
+    "only that.",
+)
+@click.option(
     "--polish",
     type=click.IntRange(1),
     is_flag=False,
@@ -259,7 +287,10 @@ def _counted(
 )
 @calibration_options
 @click.option("--onnx", is_flag=True, help="Also write PREFIX.onnx.")
-@click.option("--time", "time_it", is_flag=True, help="Also time both nets with onnxruntime.")
+@click.option(
+    "--time", "time_it", is_flag=True, help="Also time both nets with onnxruntime, whole and by layer."
+)
+@report_option
 @threads_option
 @seed_option
 @input_shape_option
@@ -268,12 +299,13 @@ def _counted(
 def decompose(**given: Any) -> None:
     """Replace layers of NET by cheaper chains of smaller ones, and write the new net.
 
-    Give exactly one of --speedup, --energy, --ranks, --rank-config and --plan. A layer that would not get
-    cheaper is kept, with the reason.
+    Give exactly one of --speedup, --energy, --ranks, --rank-config and --plan, or --merge alone. A layer that would
+    not get cheaper is kept, with the reason. Under torchrun every process takes its share of --images.
     """
     context = click.get_current_context()
     said = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    _Decompose(**given, said=frozenset(said)).run()
+    with joined() as peers:
+        _Decompose(**given, said=frozenset(said), peers=peers).run()
 
 
 @dataclass
@@ -304,6 +336,7 @@ class _Decompose:
     solver: str
     refit_kept: bool | None
     fold_bn: bool
+    merge: bool
     polish: int | None
     resume: bool
     force: bool
@@ -321,6 +354,7 @@ class _Decompose:
     positions: int | None
     onnx: bool
     time_it: bool
+    report_it: bool
     threads: int
     seed: int
     input_shapes: dict[str, tuple[int, ...]]
@@ -329,21 +363,26 @@ class _Decompose:
     level: int
     as_json: bool
     said: frozenset[str]  # options that stand on the command line
+    peers: Peers
 
     def run(self) -> None:
         from .applier import apply, doubts
         from .targets import find
 
         self._check()
+        self._check_targets()
         model = console.load_model(self.net, self.weights, self.phase, self.stages, self.level)
         if self.batch is not None:
             self.input_shapes = self._batched(model, self.batch)
-        found = find(model, self.input_shapes)
+        found = find(self._merged(model), self.input_shapes)
         stage = self._stage() if self.images is not None else None
         try:
-            images = read_calibration(model, vars(self), stage) if stage is not None else None
+            labels: list[np.ndarray] = []
+            images = self._images(model, stage, labels) if stage is not None else None
             plan, spectra = self._planned(model, found, images)
             if self.plan_only:
+                if self.peers.rank:
+                    return
                 self._print_plan(plan)
                 for doubt in doubts(plan, self._engine()):
                     click.echo(f"warning: {doubt}", err=True)
@@ -363,15 +402,22 @@ class _Decompose:
             if self.polish is not None and images is not None:
                 changed, report = self._polished(model, changed, report, images)
         except KeyboardInterrupt:
-            if stage is not None and self.prefix is not None:
+            if stage is not None and self.prefix is not None and self.peers.world == 1:
                 click.echo("interrupted; the same command with --resume goes on from here", err=True)
                 stage.close()
                 stage = None  # it stays
             raise
         finally:
-            if stage is not None and (self.plan_only or sys.exc_info()[0] is not None):
+            if stage is not None and (
+                self.plan_only or self.peers.world > 1 or sys.exc_info()[0] is not None
+            ):
                 stage.finish()
+        if self.peers.rank:
+            return
+        if plan.merges is not None and self.plan_file is None:
+            plan = plan.with_late_merges(one.layers for one in report.late_merges)
         reference = self._reference(model) if self.compare else None  # what can fail comes before the writing
+        given = self._given(model, changed, report, images, labels) if self.report_it else None
         subjects = (
             outputs.subjects((self.net, f"{self.prefix}.prototxt"), (model, changed), self.input_shapes)
             if self.time_it
@@ -380,7 +426,38 @@ class _Decompose:
         files = self._write(changed, plan)
         if stage is not None:
             stage.finish()
-        self._finish(report, files, reference, subjects)
+        page = partial(self._page, model, plan, given) if given is not None else None
+        self._finish(report, files, reference, subjects, page)
+
+    def _images(self, model: Model, stage: Stage, labels: list[np.ndarray]) -> Calibration:
+        """The images that the options name; their labels are added to ``labels``."""
+
+        def note(batch: Batch) -> None:
+            if batch.labels is not None:
+                labels.append(batch.labels)
+
+        return read_calibration(model, vars(self), stage, note, self.peers)
+
+    def _merged(self, model: Model) -> Model:
+        """The net that layers are chosen of: the one given, or with --merge what is left of it."""
+        from .merging import merge
+
+        plan = self._given_plan()
+        if plan is not None and plan.complete and plan.merges is not None:
+            return merge(model, self.input_shapes, plan.merges).model
+        return merge(model, self.input_shapes).model if self.merge else model
+
+    def _given_plan(self) -> Plan | None:
+        from caffe_proto.files import read_text
+        from hrank.joint import check_kind
+
+        from .plan import Plan
+
+        if self.plan_file is None:
+            return None
+        source = read_text(self.plan_file)
+        check_kind(source, "decompose", self.plan_file)
+        return Plan.from_json(source, self.plan_file)
 
     def _polished(
         self, model: Model, changed: Model, report: Report, images: Calibration
@@ -418,10 +495,14 @@ class _Decompose:
         return Latency(found, self._engine(), self.latency_table)
 
     def _stage(self) -> Stage:
-        """Where a fit keeps what it can be resumed from: PREFIX.fit, until it is done."""
+        """Where a fit keeps what it can be resumed from: PREFIX.fit, until it is done.
+
+        Several processes have a folder each, and cannot resume.
+        """
         from .stage import Stage
 
-        return Stage(f"{self.prefix}.fit" if self.prefix is not None else None, resume=self.resume)
+        own = f".{self.peers.rank}" if self.peers.world > 1 else ""
+        return Stage(f"{self.prefix}.fit{own}" if self.prefix is not None else None, resume=self.resume)
 
     def _planned(self, model: Model, found: Found, images: Calibration | None) -> tuple[Plan, Spectra]:
         """The plan, and the factorizations it took."""
@@ -447,24 +528,32 @@ class _Decompose:
 
         return ticks(plan, images)
 
+    def _amounts(self) -> list[str]:
+        """The options given that say how much; none where --merge stands alone."""
+        return [name for name, field in _AMOUNTS.items() if getattr(self, field) is not None]
+
     def _check(self) -> None:
-        amounts = {
-            "--speedup": self.speedup,
-            "--energy": self.energy,
-            "--ranks": self.ranks,
-            "--rank-config": self.rank_config,
-            "--plan": self.plan_file,
-        }
-        given = [name for name, value in amounts.items() if value is not None]
-        if len(given) != 1:
+        given = self._amounts()
+        if len(given) != 1 and (given or not self.merge):
             found = " and ".join(given) + " are given" if given else "no amount is given"
-            raise UsageError(f"{found}; give exactly one of {', '.join(amounts)}")
+            raise UsageError(f"{found}; give exactly one of {', '.join(_AMOUNTS)}")
+        if self.peers.world > 1:
+            self._check_shared()
+        if self.report_it:
+            if self.plan_only:
+                raise UsageError("--report does not go with --plan-only: the page is about the new net")
+            check_charts()
         if self.prefix is None and not self.plan_only:
             raise UsageError("-o PREFIX is missing", hint="add -o PREFIX, or --plan-only to write nothing")
         if self.speedup is None:
             self._refuse({"scope", "selection", "cost"}, "only goes with --speedup")
         else:
             self._refuse({"even_if_slower"}, "does not go with --speedup, which takes only what is cheaper")
+        if not given:
+            alone = {"scheme", "fc", "except_", "only", "round_to", "style", "images"}
+            self._refuse(alone, "does not go with --merge alone")
+        if self.merge:
+            self._refuse({"even_if_slower"}, "does not go with --merge, which would undo it")
         if self.cost != "latency":
             self._refuse({"latency_table"}, "only goes with --cost latency")
         if self.images is None:
@@ -491,9 +580,31 @@ class _Decompose:
         if self.scheme != "asymmetric-3d":
             self._refuse({"same_ranks"}, "only goes with --scheme asymmetric-3d")
 
+    def _check_targets(self) -> None:
+        """Refuse a PREFIX that cannot be written before the work is done."""
+        from caffe_proto import files
+
+        if self.prefix is not None and not self.plan_only:
+            named = outputs.names(self.prefix, weights=True, onnx=self.onnx)
+            files.check([*named.values(), *([self._html] if self.report_it else [])], self._inputs())
+
+    def _check_shared(self) -> None:
+        """Refuse what several processes cannot do together."""
+        if self.images is None:
+            raise UsageError(
+                f"there is no work for {self.peers.world} processes",
+                hint="start one, or add --images: several share a fit to them",
+            )
+        self._refuse({"resume", "polish", "report_it"}, "does not go with several processes: start one")
+        if self.cost == "latency":
+            raise UsageError(
+                "--cost latency does not go with several processes",
+                hint="start one: they disturb each other's times",
+            )
+
     def _refuse(self, options: set[str], why: str) -> None:
         """Refuse options that would be ignored."""
-        console.refuse(options & self.said, why, {"selection": "rank_selection"})
+        console.refuse(options & self.said, why, {"selection": "rank_selection", "report_it": "report"})
 
     def _plan(
         self,
@@ -504,23 +615,26 @@ class _Decompose:
         step: Callable[[int], None],
     ) -> Plan:
         from caffe_proto.files import read_text
+        from hrank.joint import check_kind
 
         from .plan import Plan
         from .planner import make_plan
 
-        config = None
-        if self.plan_file is not None:
-            plan = Plan.from_json(read_text(self.plan_file), self.plan_file)
-            if all(entry.scheme for entry in plan.layers.values()):
+        config: Mapping[str, LayerPlan] | None = None if self._amounts() else {}
+        plan = self._given_plan()
+        if plan is not None:
+            if plan.complete:
                 decided = {"scheme", "fc", "except_", "only", "round_to", "even_if_slower", "style"}
-                decided |= {"solver", "refit_kept", "fold_bn"}
+                decided |= {"solver", "refit_kept", "fold_bn", "merge"}
                 self._refuse(decided, "does not go with a plan that says everything")
                 if not plan.target.get("fit"):
                     self._refuse({"images"}, "does not go with a plan that fits nothing to them")
                 return plan
             config = plan.layers
         elif self.rank_config is not None:
-            config = Plan.from_json(read_text(self.rank_config), self.rank_config).layers
+            source = read_text(self.rank_config)
+            check_kind(source, "decompose", self.rank_config)
+            config = Plan.from_json(source, self.rank_config).layers
         return make_plan(
             model,
             scheme=self.scheme,
@@ -541,6 +655,7 @@ class _Decompose:
             solver=self.solver,
             refit_kept=self.refit_kept,
             fold_bn=self.fold_bn,
+            merge=self.merge,
             cost=self.cost,
             latency=self._latency(found),
             step=step,
@@ -568,7 +683,12 @@ class _Decompose:
         return names
 
     def _finish(
-        self, report: Report, files: dict[str, str], reference: _Reference | None, subjects: list[Subject]
+        self,
+        report: Report,
+        files: dict[str, str],
+        reference: _Reference | None,
+        subjects: list[Subject],
+        page: Callable[[Model, Mapping[str, float], Times | None], None] | None,
     ) -> None:
         """Read the written files again, and say what they are."""
         from caffe_proto.costs import cost
@@ -583,10 +703,66 @@ class _Decompose:
             raise AssertionError("the written files do not cost what was planned")
         apart = self._apart(written, reference) if reference is not None else {}
         times = outputs.times(subjects, self.threads)
+        gains = outputs.gains(subjects, self.threads)
+        if page is not None:
+            from .report_given import timed
+
+            page(written, apart, timed(times, gains, self.threads) if times else None)
+            files = files | {"html": self._html}
         if self.as_json:
-            console.echo_json(outputs.document(report, files, apart, times))
+            console.echo_json(outputs.document(report, files, apart, times, gains))
         else:
-            outputs.show(report, files, apart, times)
+            outputs.show(report, files, apart, times, gains)
+
+    @property
+    def _html(self) -> str:
+        return f"{self.prefix}.html"
+
+    def _given(
+        self,
+        model: Model,
+        changed: Model,
+        report: Report,
+        images: Calibration | None,
+        labels: Sequence[np.ndarray],
+    ) -> Given:
+        """What the page is told besides the files and the times."""
+        import numpy as np
+
+        from .report_given import Given, judged
+
+        accuracies: tuple[Accuracy, ...] = ()
+        if images is not None and len(images.images) == 1:
+            (array,) = images.images.values()
+            known = np.concatenate(labels) if labels else None
+            accuracies = judged(model, changed, array, known, self.threads)
+        fed = "random input" if self.compare == "random" else str(self.compare)
+        return Given(
+            accuracies=accuracies,
+            images="On the images that the new net was fitted to." if accuracies else "",
+            compared=fed if self.compare else "",
+            fitted={
+                row.name: row.error
+                for row in report.rows
+                if row.error is not None and row.error_of == "responses"
+            },
+            command=console.command_line(),
+            input_shapes=self.input_shapes,
+            force=self.force,
+        )
+
+    def _page(
+        self,
+        model: Model,
+        plan: Plan,
+        given: Given,
+        written: Model,
+        apart: Mapping[str, float],
+        times: Times | None,
+    ) -> None:
+        """Write PREFIX.html."""
+        told = replace(given, apart=apart, times=times)
+        write_page(self._html, str(self.prefix), plan.to_json(), model, written, told, self._inputs())
 
     def _reference(self, model: Model) -> _Reference:
         """What to feed, given or random, and what the net makes of it."""

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from caffe_proto import console
-from caffe_proto.console import input_shape_option, state_options
+from caffe_proto.console import input_shape_option, json_option, state_options
 from caffe_proto.errors import UsageError
+from caffe_proto.model import net_and_weights
+
+if TYPE_CHECKING:
+    from caffe_proto.model import Model
+
+    from .report_given import Given
+
+report_option = click.option(
+    "--report",
+    "report_it",
+    is_flag=True,
+    help="Also write PREFIX.html, the page that caffe-lra report makes, with what is measured here; needs the extra report.",
+)
+
+
+def check_charts() -> None:
+    """Raise UsageError where the charts of a page cannot be drawn: before any long work."""
+    if find_spec("matplotlib") is None:
+        raise UsageError("matplotlib is not installed", hint="install the extra report: caffe-lra[report]")
+
+
+def write_page(
+    path: str, title: str, plan: str, before: Model, after: Model, given: Given,
+    inputs: Sequence[str | None] = (), against: Sequence[Model] = (), plan_path: str | None = None,
+) -> None:  # fmt: skip
+    """Write the page about ``before`` and ``after``, what ``plan`` made of it, to ``path``.
+
+    ``title``: what the new net is called; ``plan``: the text of a plan file, and ``plan_path`` where it was read;
+    ``given``: what was measured, and the command; ``inputs``: files that may not be overwritten; ``against``:
+    published nets to set beside the new one. Raises PlanError and FileError as ``lra.report.make``, and UsageError
+    where an input would be overwritten.
+    """
+    from caffe_proto import files
+
+    from .report import Plans, make
+    from .report_html import page
+
+    made = page(make(title, Plans.from_json(plan, plan_path), before, after, given, against))
+    with files.writing([path], inputs) as (temporary,):
+        temporary.write_bytes(made.encode("utf-8"))
 
 
 @click.command()
@@ -30,11 +68,18 @@ from caffe_proto.errors import UsageError
     metavar="FILE.json",
     help="What caffe-lra eval PREFIX.prototxt PREFIX.caffemodel --reference NET,WEIGHTS --json printed.",
 )
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="NET[,WEIGHTS]",
+    help="A net to set beside the new one, as a published decomposition of NET; repeatable.",
+)
 @input_shape_option
 @state_options
+@json_option
 def report(
     prefix: str, net: str | None, weights: str | None, output: str, times: str | None, accuracy: str | None,
-    input_shapes: Any, phase: str, stages: Sequence[str], level: int,
+    against: Sequence[str], input_shapes: Any, phase: str, stages: Sequence[str], level: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a page about what decompose or prune made of NET: one HTML file that needs no network.
 
@@ -47,45 +92,39 @@ def report(
             "the original NET is missing: the page sets both nets beside each other",
             hint="caffe-lra report PREFIX NET [WEIGHTS] -o OUT.html",
         )
-    if find_spec("matplotlib") is None:
-        raise UsageError("matplotlib is not installed", hint="install the extra report: caffe-lra[report]")
+    check_charts()
     from caffe_proto import files
 
-    from .report import Given, Plans, make, optional, read_accuracy, read_times, stem
-    from .report_html import page
+    from .report import optional, stem
+    from .report_given import Given, read_accuracy, read_times
 
     start = stem(prefix)
-    plan, new = f"{start}.plan.json", f"{start}.prototxt"
-    new_weights = optional(f"{start}.caffemodel")
-    plans = Plans.from_json(files.read_text(plan), plan)
-    before = console.load_model(net, weights, phase, stages, level)
-    after = console.load_model(new, new_weights, phase, stages, level)
+    plan, new, new_weights = f"{start}.plan.json", f"{start}.prototxt", optional(f"{start}.caffemodel")
+    source = files.read_text(plan)
+    before, after = (
+        console.load_model(path, stored, phase, stages, level)
+        for path, stored in ((net, weights), (new, new_weights))
+    )
+    pairs = [net_and_weights(one) for one in against]
+    published = [console.load_model(*pair, phase, stages, level) for pair in pairs]
     given = Given(
         read_times(times) if times is not None else None,
         read_accuracy(accuracy) if accuracy is not None else (),
-        _command(input_shapes),
-        input_shapes,
+        command=console.command_line(),
+        input_shapes=input_shapes,
     )
-    made = page(make(start, plans, before, after, given))
-    with files.writing([output], [plan, new, new_weights, net, weights, times, accuracy]) as (temporary,):
-        temporary.write_bytes(made.encode("utf-8"))
-    click.echo(f"wrote {output}")
-
-
-def _command(input_shapes: Mapping[str, Sequence[int]]) -> str:
-    """The present command line, as a shell takes it."""
-    context = click.get_current_context()
-    words: list[str] = []
-    for param in context.command.params:
-        if context.get_parameter_source(str(param.name)) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[str(param.name)]
-        if param.name == "input_shapes":
-            values = [f"{name}={','.join(map(str, shape))}" for name, shape in input_shapes.items()]
-        else:
-            values = [
-                str(one) for one in (value if isinstance(value, tuple) else (value,)) if one is not None
-            ]
-        for one in values:
-            words += [one] if isinstance(param, click.Argument) else [param.opts[0], one]
-    return shlex.join(["caffe-lra", "report", *words])
+    inputs = [
+        plan,
+        new,
+        new_weights,
+        net,
+        weights,
+        times,
+        accuracy,
+        *(path for pair in pairs for path in pair),
+    ]
+    write_page(output, start, source, before, after, given, inputs, published, plan)
+    if as_json:
+        console.echo_json({"output": output})
+    else:
+        click.echo(f"wrote {output}")

@@ -52,9 +52,11 @@ def fit_layers(
     """Fit every layer of the plan that can be fitted, shallow to deep; the others are left to their weights.
 
     ``step`` is told of images done, `ticks` in all. What was fitted before, by this plan, is not fitted again.
+    Several processes fit what the first one has planned.
 
     Raises UsageError where a layer cannot have the ranks planned, FileError where the disk is full.
     """
+    plan = calibration.peers.told(lambda: plan)
     targets = {
         name: found.targets[name]
         for name in plan.layers
@@ -101,7 +103,8 @@ def output_error(fits: Fits, found: Found, calibration: Calibration) -> float:
     """``|y' - y|^2 / |y - mean y|^2`` of the outputs over the held-out images, y' of the net with the fitted layers."""
     some = calibration.walker(found).last(max(1, round(calibration.count * HELD_OUT)))
     chains = {name: fitted.chain for name, fitted in fits.layers.items()}
-    return relative_error(some.replay(chains, list(found.targets.values())), some.replay({}, ()))
+    made, reference = some.replay(chains, list(found.targets.values())), some.replay({}, ())
+    return relative_error(made, reference, some.shared.peers.sum)
 
 
 def ticks(plan: Plan, calibration: Calibration) -> int:

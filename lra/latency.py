@@ -29,6 +29,7 @@ _BESIDE = 4  # nets that run in turn beside the net as it is
 _ROUNDS = 5
 _PASSES, _MORE = 2, 2  # over everything; over what is still noisy
 _QUIET = 0.03  # noise with which a time is taken
+_APART = 2  # standard errors by which sums of times must differ
 DOUBTFUL = 0.1  # noise of one time in ten at which ranks cannot be told apart
 _NO_BLOCK = 8  # ranks apart where onnxruntime's kernels have no blocks
 Pair = tuple[str, Chain]  # a place, and what stands there
@@ -80,12 +81,21 @@ class Latency:
 
         Raises KeyError where it was not measured.
         """
-        place, chain = self.drawing.place(target), tuple(chain) or as_is(target)
+        return self._measured(target, tuple(chain) or as_is(target)).seconds
+
+    def faster(self, target: Target, chains: Iterable[Chain], others: Iterable[Chain]) -> bool:
+        """Whether measured chains together take less time than others by more than both sums scatter."""
+        some, rest = ([self._measured(target, chain) for chain in these] for these in (chains, others))
+        scatter = sum((one.noise * one.seconds) ** 2 for one in (*some, *rest)) ** 0.5
+        return sum(one.seconds for one in some) + _APART * scatter < sum(one.seconds for one in rest)
+
+    def _measured(self, target: Target, chain: Chain) -> Measured:
+        place = self.drawing.place(target)
         found = self.table.get(place, chain)
         if found is None:
             raise KeyError(f"{place}: {describe(chain)}")
         self._used[place, chain] = found
-        return found.seconds
+        return found
 
     def options(self, target: Target, scheme: Scheme, round_to: int = 1) -> list[tuple[int, float]]:
         """Ranks worth considering and the seconds of their chains, interpolated between measured ones.
@@ -94,9 +104,17 @@ class Latency:
         or, where they are no multiples of 4, several times as much. ``round_to``: of it as well.
         """
         unit, top = self._blocks(target, scheme)
-        points = {n: self.seconds(target, _chain(target, scheme, n * unit)) for n in grid(top)}
+        points = {
+            rank // unit: self.seconds(target, _chain(target, scheme, rank))
+            for rank in self.ranks(target, scheme)
+        }
         step = lcm(unit, round_to)
         return [(rank, interpolate(points, rank // unit)) for rank in range(step, top * unit + 1, step)]
+
+    def ranks(self, target: Target, scheme: Scheme) -> list[int]:
+        """The ranks whose chains `measure` times; `options` interpolates between them."""
+        unit, top = self._blocks(target, scheme)
+        return [n * unit for n in grid(top)]
 
     def predict(self, costs: Iterable[tuple[Target, float]]) -> float:
         """Seconds of the whole net where these layers take so long; the others stay as they are."""
@@ -114,10 +132,9 @@ class Latency:
         """
         wanted = {
             target.name: [
-                _chain(target, scheme, n * unit)
+                _chain(target, scheme, rank)
                 for scheme in schemes[target.name]
-                for unit, top in [self._blocks(target, scheme)]
-                for n in grid(top)
+                for rank in self.ranks(target, scheme)
             ]
             for target in targets
         }

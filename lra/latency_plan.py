@@ -8,12 +8,12 @@ from math import isfinite, lcm
 from caffe_proto.runtime import Engine
 
 from .latency import DOUBTFUL, Latency
-from .latency_table import conditions
+from .latency_table import Chain, conditions
 from .plan import Predicted
 from .ranks import Option
 from .schemes import Scheme
 from .schemes.asymmetric3d import ASYMMETRIC_3D, merges
-from .schemes.spatial import SPATIAL
+from .schemes.spatial import SPATIAL, SPATIAL_HV
 from .targets import Target
 
 Ranks = tuple[int, ...]
@@ -26,6 +26,9 @@ class Prices:
     Only ranks that fill the kernels' blocks are offered, see `Latency.options`; of asymmetric 3-D the pairs of a
     grid that is twice as fine as powers of two. A chain that is faster by less than the times scatter counts as
     none: it would give up accuracy for nothing.
+
+    Of a layer's two spatial orders, H first is timed at three ranks beside V first. Only where it is faster there by
+    more than the times scatter are all its ranks measured and offered: the two keep nearly the same energy.
     """
 
     def __init__(self, latency: Latency, round_to: int = 1, same_ranks: bool = False) -> None:
@@ -41,7 +44,14 @@ class Prices:
     ) -> None:
         """Measure what is not known yet, and price all of it. ``schemes``: by layer name."""
         single = {name: [scheme for scheme in some if scheme.n_ranks == 1] for name, some in schemes.items()}
-        self.latency.measure(targets, single, step)
+        both = [target for target in targets if {SPATIAL, SPATIAL_HV} <= set(single[target.name])]
+        names = {target.name for target in both}
+        first = {
+            name: [scheme for scheme in some if scheme is not SPATIAL_HV or name not in names]
+            for name, some in single.items()
+        }
+        self.latency.measure(targets, first, step)
+        slower = self._slower_turned(both, step)
         double = {target.name: ASYMMETRIC_3D in schemes[target.name] for target in targets}
         if any(double.values()):
             chains = {
@@ -55,7 +65,38 @@ class Prices:
         for target in targets:
             self.latency.seconds(target)
             for scheme in schemes[target.name]:
-                self._found[target.name, scheme.name] = list(self._priced(target, scheme))
+                offered = scheme is not SPATIAL_HV or target.name not in slower
+                priced = self._priced(target, scheme) if offered else ()
+                self._found[target.name, scheme.name] = list(priced)
+
+    def _slower_turned(self, targets: Sequence[Target], step: Callable[[], None]) -> set[str]:
+        """The layers where H first is no faster than V first at a few ranks; of the others all its ranks are measured."""
+        pairs = {target.name: self._both_orders(target) for target in targets}
+        self.latency.measure_chains(
+            targets, {name: [chain for pair in some for chain in pair] for name, some in pairs.items()}, step
+        )
+        slower = {
+            target.name
+            for target in targets
+            if (some := pairs[target.name])
+            and not self.latency.faster(target, [turned for _, turned in some], [usual for usual, _ in some])
+        }
+        faster = [target for target in targets if target.name not in slower]
+        self.latency.measure(faster, {target.name: [SPATIAL_HV] for target in faster}, step)
+        return slower
+
+    def _both_orders(self, target: Target) -> list[tuple[Chain, Chain]]:
+        """Chains of V first and of H first at a quarter, a half and three quarters of the ranks that both may have."""
+        usual, turned = (self.latency.ranks(target, scheme) for scheme in (SPATIAL, SPATIAL_HV))
+        common = [rank for rank in usual if rank in turned]
+        chosen = sorted({common[len(common) * k // 4] for k in (1, 2, 3)}) if common else []
+        return [
+            (
+                SPATIAL.chain(target.shape, target.geometry, (rank,)),
+                SPATIAL_HV.chain(target.shape, target.geometry, (rank,)),
+            )
+            for rank in chosen
+        ]
 
     def _priced(self, target: Target, scheme: Scheme) -> Iterator[tuple[Ranks, float]]:
         if scheme.n_ranks == 1:

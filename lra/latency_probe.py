@@ -8,7 +8,6 @@ same.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from caffe_proto.errors import UnsupportedError
-from caffe_proto.latency import LEARNT, NodeNames, node_name
+from caffe_proto.kernels import LEARNT, Event, NodeNames, owners, read_runs
 from caffe_proto.layers.emit import NodeRecord, Shape, Sheet
 from caffe_proto.onnx_export import Export, Request, draw, to_onnx
 from caffe_proto.runtime import Engine, open_onnx
@@ -34,8 +33,6 @@ _WARMUP = 1
 _LEAST = 1e-7  # seconds that a kernel takes at least
 _LEAVE_OUT = "leave it out (--except)"
 _TINY, _PROBES = 32, 30  # convolutions in a row, and their runs
-_KERNEL = "_kernel_time"
-_REORDER = frozenset({"ReorderInput", "ReorderOutput"})  # what onnxruntime adds between layouts
 
 Choice = Mapping[str, tuple[Target, Chain]]  # layer name -> the layer, and what stands in its place
 Times = dict[str, float]  # layer name -> seconds of its kernels; "": of no layer
@@ -247,14 +244,12 @@ class Running:
         self._session.run(None, self._feeds)
         self._runs += 1
 
-    def kernels(self) -> list[list[Mapping[str, Any]]]:
+    def kernels(self) -> list[list[Event]]:
         """Close it: the kernels of each run, in order, as onnxruntime's profile tells of them."""
         path = Path(self._session.end_profiling())
-        events = json.loads(path.read_text(encoding="utf-8"))
+        found = read_runs(path, self._runs)
         path.unlink()
-        found = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)]
-        each = len(found) // self._runs
-        return [found[i * each : (i + 1) * each] for i in range(self._runs)]
+        return found
 
     def times(self, overhead: float) -> list[Times]:
         """Close it: seconds by layer for each run, less the overhead of every kernel."""
@@ -262,17 +257,10 @@ class Running:
         return [_by_layer(kernels, names, overhead) for kernels in self.kernels()]
 
 
-def _by_layer(kernels: Sequence[Mapping[str, Any]], names: NodeNames, overhead: float) -> Times:
+def _by_layer(kernels: Sequence[Event], names: NodeNames, overhead: float) -> Times:
     """Sum the kernels of one run by layer; the reordering of a tensor counts for the layer that made it."""
     found: Times = {}
-    makers: dict[tuple[int, ...], str] = {}
-    for event in kernels:
-        args = event["args"]
-        if args["op_name"] in _REORDER:
-            layer = makers.get(_shapes(args["input_type_shape"])[0], "")
-        else:
-            layer = names.layer(node_name(event["name"]), args["op_name"])
-            makers |= dict.fromkeys(_shapes(args["output_type_shape"]), layer)
+    for event, layer in zip(kernels, owners(kernels, names), strict=True):
         found[layer] = found.get(layer, 0.0) + max(event["dur"] / 1e6 - overhead, _LEAST)
     return found
 

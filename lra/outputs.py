@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 from caffe_proto import console, files
+from caffe_proto.cli_time import gain_document, show_gains
+from caffe_proto.errors import UsageError
 
 if TYPE_CHECKING:
-    from caffe_proto.latency import Subject, Timing
+    from caffe_proto.latency import Gain, Subject, Timing
     from caffe_proto.model import Model
     from caffe_proto.shape_inference import InputShapes
 
@@ -26,7 +29,9 @@ class PlanText(Protocol):
 
 
 def names(prefix: str, *, weights: bool, onnx: bool) -> dict[str, str]:
-    """The files of a PREFIX by kind."""
+    """The files of a PREFIX by kind; raises UsageError where it names a folder."""
+    if not prefix or prefix.endswith(("/", os.sep)):
+        raise UsageError(f"-o {prefix!r} names no files", hint=f"add a name: {prefix}fast")
     found = {"prototxt": f"{prefix}.prototxt"}
     found |= {"caffemodel": f"{prefix}.caffemodel"} if weights else {}
     found |= {"plan": f"{prefix}.plan.json"}
@@ -87,8 +92,23 @@ def times(subjects: list[Subject], threads: int) -> list[Timing]:
     return latency.measure(subjects, Engine(threads))
 
 
+def gains(subjects: list[Subject], threads: int) -> list[Gain]:
+    """What every layer gained, and why some gained little; nothing where there is nothing to time."""
+    if not subjects:
+        return []
+    from caffe_proto import latency
+    from caffe_proto.runtime import Engine
+
+    before, after = subjects
+    return latency.gains(before, after, *latency.profiles(subjects, Engine(threads)))
+
+
 def document(
-    report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]
+    report: Report,
+    files: dict[str, str],
+    apart: dict[str, float],
+    times: list[Timing],
+    gains: Sequence[Gain] = (),
 ) -> dict[str, Any]:
     """The report as one JSON document."""
     speedup: dict[str, Any] = {"macs": _ratio(report.macs), "conv_macs": _ratio(report.conv_macs)}
@@ -117,6 +137,16 @@ def document(
         "params": list(report.params),
     }
     made |= {"layers": layers, "kept": report.kept, "files": files, "warnings": list(report.warnings)}
+    if report.merges or report.late_merges:
+        made["merged"] = [
+            {
+                "layers": list(merge.layers),
+                "into": merge.name,
+                "shape": list(merge.shape),
+                "macs": list(merge.macs) if merge.macs else None,
+            }
+            for merge in (*report.merges, *report.late_merges)
+        ]
     if report.polish is not None:
         one = report.polish
         made["polish"] = {"steps": one.steps, "error": [one.before, one.after], "held_out": one.held_out}
@@ -126,10 +156,18 @@ def document(
         made["predicted"] = report.predicted.to_dict()
     if times:
         made["latency_ms"] = [times[0].median, times[1].median]
+    if gains:
+        made["gains"] = [gain_document(one) for one in gains]
     return made
 
 
-def show(report: Report, files: dict[str, str], apart: dict[str, float], times: list[Timing]) -> None:
+def show(
+    report: Report,
+    files: dict[str, str],
+    apart: dict[str, float],
+    times: list[Timing],
+    gains: Sequence[Gain] = (),
+) -> None:
     """Print the report: a row a layer, what was kept and why, totals, and what was written."""
     timed = report.predicted is not None
     rows = [
@@ -153,6 +191,10 @@ def show(report: Report, files: dict[str, str], apart: dict[str, float], times: 
         click.echo("error: ||W - W'|| / ||W|| of the layer's weights")
     if any(row.error_of == "responses" for row in report.rows):
         click.echo("error, r: the same of held-out responses, behind activation and shortcut")
+    for merge in (*report.merges, *report.late_merges):
+        out, _, height, width = merge.shape
+        cost = f", MACs {merge.macs[0]:,} -> {merge.macs[1]:,}" if merge.macs else ""
+        click.echo(f"merged {' + '.join(merge.layers)} into {merge.name} ({height}x{width}x{out}){cost}")
     reasons: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
         reasons.setdefault(reason, []).append(name)
@@ -184,8 +226,14 @@ def show(report: Report, files: dict[str, str], apart: dict[str, float], times: 
         click.echo(
             f"gap: the loss is at most {report.predicted.gap:.3g} above that of any choice in this time"
         )
+        where = report.predicted.measured_on
+        click.echo("times measured on " + ", ".join(f"{key} {value}" for key, value in where.items()))
     if times:
         medians = times[0].median, times[1].median
         share = _ratio(medians) / _ratio(report.macs)
         click.echo(f"{_time_line('time, median', medians)}, {share:.0%} of what the MACs say")
+    if gains:
+        click.echo()
+        show_gains(gains)
+        click.echo()
     click.echo("wrote " + ", ".join(files.values()))

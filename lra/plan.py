@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,6 +127,38 @@ class Plan(BasePlan[LayerPlan]):
         if not _is_number(gap) or not _is_number(noise) or not isinstance(where, Mapping):
             raise PlanError('"gap", "noise" or "measured_on" of a plan by measured time is missing or wrong')
         return Predicted(_two_numbers(self.target.get("predicted_ms")), float(gap), float(noise), where)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it says the scheme of every layer, not only a rank."""
+        return all(entry.scheme for entry in self.layers.values())
+
+    @property
+    def merges(self) -> list[list[str]] | None:
+        """The rows of layers that become one before anything else; None for plans that merge nothing.
+
+        Raises PlanError where they are no lists of names.
+        """
+        return self._rows("merge")
+
+    @property
+    def late_merges(self) -> list[list[str]] | None:
+        """The rows that become one in the end; None where the plan does not say. Raises PlanError as `merges`."""
+        return self._rows("merge_late")
+
+    def _rows(self, key: str) -> list[list[str]] | None:
+        rows: Any = self.target.get(key)
+        if rows is None:
+            return None
+        fine = isinstance(rows, list) and all(isinstance(row, list) and len(row) > 1 for row in rows)
+        if not fine or not all(isinstance(name, str) for row in rows for name in row):
+            raise PlanError(f'"{key}" is {rows!r}, lists of layer names are needed')
+        return rows
+
+    def with_late_merges(self, rows: Iterable[Sequence[str]]) -> Plan:
+        """The plan that says what becomes one in the end."""
+        target = self.target | {"merge_late": [list(row) for row in rows]}
+        return Plan(self.layers, self.kept, target, self.net, self.weights)
 
     @classmethod
     def from_json(cls, source: str, path: object = None) -> Plan:

@@ -18,14 +18,16 @@ from caffe_proto.shape_inference import InputShapes
 
 from . import ranks as policy
 from . import selection
+from .merging import Merged
+from .merging import merge as merge_rows
 from .options import options, retained
 from .plan import REFIT, LayerPlan, Plan, Predicted
 from .ranks import Infeasible, Option
 from .schemes import ALL_SCHEMES, Scheme
 from .schemes.asymmetric3d import ASYMMETRIC_3D
 from .schemes.response import RESPONSE
-from .schemes.spatial import SPATIAL
-from .styles import STYLES
+from .schemes.spatial import SPATIAL, SPATIAL_HV
+from .styles import STYLES, unwritable
 from .targets import Found, Spectra, Target, find
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ RULES = ("paper", "uniform")
 MEASURED = ("spatial", "response", "asymmetric-3d")
 COSTS = ("macs", "latency")
 EXCEPTED = "excepted"
+_OTHER_ORDER = "use the scheme spatial, or --style default"
 RankConfig = Mapping[str, Any]
 Ticks = Callable[[int], None]
 
@@ -109,6 +112,7 @@ def make_plan(
     solver: str = "asymmetric",
     refit_kept: bool | None = None,
     fold_bn: bool = False,
+    merge: bool = False,
     cost: str = "macs",
     engine: Engine | None = None,
     latency: Latency | None = None,
@@ -139,6 +143,10 @@ def make_plan(
     are chosen by measured errors. ``fold_bn``: BatchNorm and Scale layers are folded into the convolutions before
     them in the end. ``step`` is told of images done.
 
+    ``merge``: layers in a row with nothing in between that cost less as one are merged first, see `lra.merging`, and
+    again in the end; a ``speedup`` in MACs counts what that saves. ``found`` and ``spectra``, where they are given,
+    are of the net merged first.
+
     ``cost``, of a ``speedup``: "macs", or "latency": the time of the whole net (with ``scope="eligible"`` of the
     layers that may be decomposed), before / after, from measured times of chains in their places, see
     `lra.latency`. ``latency``: they are, for this net and these shapes; by default the table in the user's cache,
@@ -155,7 +163,12 @@ def make_plan(
         raise UsageError(
             "responses cannot be fitted " + ("by kmeans" if model.weights else "without weights")
         )
-    found = found or find(model, input_shapes)
+    if merge and even_if_slower:
+        raise UsageError(
+            "merging would undo what gets more expensive by splitting", hint="ask for one of both"
+        )
+    merged = merge_rows(model, input_shapes) if merge else None
+    found = found or find(merged.model if merged is not None else model, input_shapes)
     spectra = spectra or Spectra(found)
     kept: dict[str, str] = {}
     if rank_config is not None:
@@ -175,7 +188,7 @@ def make_plan(
         targets = [target for target in targets if target.name not in flat]
     if not targets:
         raise UsageError("no layer is left to decompose", path=model.net.path, hint=_why(kept))
-    job = _Job(found, spectra, scheme, round_to, even_if_slower, kept, selection, same_ranks)
+    job = _Job(found, spectra, scheme, round_to, even_if_slower, kept, selection, same_ranks, style, merged)
     chosen: dict[str, Any] = {"scheme": scheme, "style": style}
     layers: dict[str, LayerPlan]
     target: dict[str, Any]
@@ -221,6 +234,8 @@ def make_plan(
         chosen["round_to"] = round_to
     if fold_bn:
         chosen["fold_bn"] = True
+    if merged is not None:
+        chosen["merge"] = [list(one.layers) for one in merged.merges]
     order = [name for name in found.targets if name in layers]
     net, weights = model.fingerprint
     return Plan({name: layers[name] for name in order}, kept, target | chosen, net, weights)
@@ -302,6 +317,8 @@ def _check_request(
         raise UsageError(f"a speed-up of {speedup:g} is none; it must be a number above 1")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"energy {energy:g} must lie above 0 and at most at 1")
+    if refused := unwritable(style, scheme):
+        raise UsageError(refused, hint=_OTHER_ORDER)
     if round_to < 1:
         raise UsageError(f"cannot round ranks to multiples of {round_to}")
     if ranks is not None and scheme == "auto":
@@ -335,6 +352,8 @@ class _Job:
     kept: dict[str, str]
     selection: str
     same_ranks: bool
+    style: str = "default"
+    merged: Merged | None = None
     study: Study | None = None
     prices: Prices | None = None
     predicted: Predicted | None = None
@@ -349,9 +368,23 @@ class _Job:
         names: tuple[str, ...] = AUTO if self.scheme == "auto" else (self.scheme,)
         if self.study is not None:
             names = (RESPONSE.name, SPATIAL.name, ASYMMETRIC_3D.name)
+        elif self.scheme == "auto" and self._either_order(target):
+            names = (*names, SPATIAL_HV.name)
         if target.shape[2:] == (1, 1) and self.scheme == "auto":
             names = names[:1]
         return [ALL_SCHEMES[name] for name in names]
+
+    def _either_order(self, target: Target) -> bool:
+        """Whether H before V is worth considering too: where costs are times, or where it has fewer MACs or a smaller full rank.
+
+        With one tap along an axis it is a chain that the cross-filter schemes have as well.
+        """
+        if min(target.shape[2:]) == 1 or unwritable(self.style, SPATIAL_HV.name):
+            return False
+        orders, group = (SPATIAL, SPATIAL_HV), target.geometry.group
+        cost = [target.chain_cost(scheme, group) for scheme in orders]
+        full = [scheme.max_rank(target.shape, group) for scheme in orders]
+        return self.prices is not None or cost[1] < cost[0] or full[1] < full[0]
 
     def all_schemes(self, targets: list[Target]) -> dict[str, list[Scheme]]:
         """By layer the schemes that any way to choose considers, see `_best`."""
@@ -381,7 +414,8 @@ class _Job:
     def by_speedup(self, targets: list[Target], speedup: float, scope: str) -> dict[str, LayerPlan]:
         targets = self.counted(targets, scope)
         total, eligible = self._totals(targets, scope)
-        fixed, budget = total - eligible, float(Fraction(total) / Fraction(speedup))
+        saved = self._saved(targets, scope)
+        fixed, budget = total - eligible, float(Fraction(total + saved) / Fraction(speedup))
         try:
             if self.selection in RULES:
                 return self._by_rule(targets, speedup, fixed, budget)
@@ -393,7 +427,7 @@ class _Job:
             where = {"all": "whole net", "conv": "convolutions", "eligible": "layers to decompose"}[scope]
             how, what = ("the smallest ranks", "MACs") if self.prices is None else ("best", "time")
             raise UsageError(
-                f"a speed-up of {speedup:g} of the {where} cannot be reached: at {how} it is {_below(total / smallest):.3g}",
+                f"a speed-up of {speedup:g} of the {where} cannot be reached: at {how} it is {_below((total + saved) / smallest):.3g}",
                 hint=f"the layers to decompose hold {eligible / self._totals(targets, 'all')[0]:.0%} of the {what}; "
                 "ask for less, or allow more layers (--fc, fewer --except)",
             ) from None
@@ -415,6 +449,19 @@ class _Job:
         if not total:
             raise self._uncounted()
         return total, eligible
+
+    def _saved(self, targets: list[Target], scope: str) -> int:
+        """MACs that merging has saved, as far as a speed-up counts them; times are those of the merged net."""
+        if self.merged is None or self.prices is not None:
+            return 0
+        found = self.found.targets
+        touched = {target.name for target in targets}
+        counted = (
+            one
+            for one in self.merged.merges
+            if scope == "all" or (one.name in touched if scope == "eligible" else not found[one.name].dense)
+        )
+        return sum(one.macs[0] - one.macs[1] for one in counted if one.macs is not None)
 
     def _seconds(self, target: Target, option: Option) -> float:
         """Measured time of a layer treated so."""
@@ -551,7 +598,7 @@ class _Job:
         wanted = []
         for target in targets:
             if target.name not in config:
-                self.kept[target.name] = "not in the rank config"
+                self.kept[target.name] = "not in the rank config" if config else "no ranks are asked for"
                 continue
             entry = _entry(target.name, config[target.name])
             name = entry.scheme or ("pca" if self.scheme == "auto" else self.scheme)
@@ -559,6 +606,8 @@ class _Job:
                 raise PlanError(
                     '"refit" is no way to choose ranks', layer=target.name, hint="use --refit-kept"
                 )
+            if refused := unwritable(self.style, name):
+                raise UsageError(refused, layer=target.name, hint=_OTHER_ORDER)
             wanted.append((target, ALL_SCHEMES[name], entry.ranks))
         for name in config:
             if name in self.found.refused:

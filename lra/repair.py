@@ -18,6 +18,7 @@ from caffe_proto.model import Model
 from caffe_proto.offsets import added
 from caffe_proto.rewrite import Narrow
 from caffe_proto.rewrite import apply as rewrite
+from caffe_proto.shape_inference import InputShapes
 
 from .calibration import Calibration
 from .decomposition import Step
@@ -48,6 +49,7 @@ def refit(
     layers: Sequence[str],
     calibration: Calibration,
     step: Ticks = lambda _images: None,
+    inputs: InputShapes | None = None,
 ) -> Repaired:
     """Fit ``layers`` of the smaller net to what the whole net responds, shallow to deep.
 
@@ -55,10 +57,11 @@ def refit(
     that are left, x what the layer reads in the smaller net once the layers before are fitted, W0 its weights as
     they are, r what follows (BatchNorm and Scale, shortcut, activation). ``rows``: which outputs of a layer are
     left, (outputs,) bool; all where it is not named. ``step`` is told of images done, `ticks` in all.
+    ``inputs``: shapes of source blobs that the net does not say, as a train_val.
 
     Reference: He et al., ICCV 2017, equation 2, and Zhang et al. 2016, equation 12.
     """
-    whole, left = find(model), find(smaller)
+    whole, left = find(model, inputs), find(smaller, inputs)
     kept = {name: reason for name in layers if (reason := _refusal(whole, left, name)) is not None}
     targets = {name: left.targets[name] for name in layers if name not in kept}
     walker = calibration.walker(whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from caffe_proto.cli_nets import recompose
 from caffe_proto.diff import Part, diff
 from caffe_proto.diff import Row as Difference
 from caffe_proto.errors import FileError
-from caffe_proto.files import read_text
 from caffe_proto.graph import Value
 from caffe_proto.model import Model
 from caffe_proto.shape_inference import InputShapes
@@ -26,6 +24,7 @@ from hrank.joint import Joint, prunes
 from hrank.plan import Plan as PruningPlan
 
 from .plan import REFIT, LayerPlan, Plan
+from .report_given import Given, Times
 from .schemes import ALL_SCHEMES
 from .targets import Found, Spectra, Target, find
 
@@ -89,7 +88,7 @@ class Layer:
     ``row``: both sides, with their settings; ``apart``: ``||W' - W|| / ||W||`` of the stored weights, None
     where they cannot be compared; ``channels``: filters before and after, of a pruned one, or with ``masked``
     those that are not zero. ``ms``: measured,
-    ``planned_ms``: as the plan predicts them.
+    ``planned_ms``: as the plan predicts them; ``fitted``: the error of responses measured behind a fit.
     """
 
     row: Difference
@@ -98,6 +97,7 @@ class Layer:
     splits: tuple[Split, ...] = ()
     channels: tuple[int, int] | None = None
     ms: tuple[float, float] | None = None
+    fitted: float | None = None
     masked: bool = False
 
     @property
@@ -171,27 +171,6 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Times:
-    """Measured milliseconds of both nets, by layer of the first, of all the rest; on what, and the file that says so."""
-
-    whole: tuple[float, float] | None
-    layers: Mapping[str, tuple[float, float]]
-    rest: tuple[float, float] | None
-    where: str
-    path: str
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share measured on images, before (None where no reference was measured) and after, each with its standard error."""
-
-    name: str
-    before: tuple[float, float] | None
-    after: tuple[float, float]
-    images: int
-
-
-@dataclass(frozen=True)
 class Source:
     """A file that was read: what it is, its name, its sha256."""
 
@@ -200,14 +179,25 @@ class Source:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the user adds to the nets: measured times, accuracies, the command line, shapes of inputs."""
+@dataclass(frozen=True, eq=False)
+class Rival:
+    """A layer in three nets: the original, this one, and a published one, with ranks and MACs; None where it is not there."""
 
-    times: Times | None = None
-    accuracies: tuple[Accuracy, ...] = ()
-    command: str = ""
-    input_shapes: InputShapes | None = None
+    name: str
+    original: int | None
+    ranks: tuple[tuple[int, ...], tuple[int, ...]]
+    macs: Counts
+
+
+@dataclass(frozen=True, eq=False)
+class Against:
+    """A published net beside the new one: layers of the original in both, and all that differs between the two."""
+
+    name: str
+    rivals: tuple[Rival, ...]
+    differences: tuple[Difference, ...]
+    macs: tuple[int, int, int]  # the original's, the new net's, the published one's
+    params: tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +213,7 @@ class Report:
     sources: tuple[Source, ...]
     versions: Mapping[str, str]
     notes: tuple[str, ...]
+    against: tuple[Against, ...] = ()
 
     def totals(self, what: str) -> tuple[int, int]:
         """``macs`` or ``params`` of both nets, without layers of unknown shape."""
@@ -236,8 +227,10 @@ class Report:
         return plan is not None and bool(plan.target.get("fit"))
 
 
-def make(title: str, plans: Plans, before: Model, after: Model, given: Given) -> Report:
-    """The report of a net, what a plan made of it, and the plan.
+def make(
+    title: str, plans: Plans, before: Model, after: Model, given: Given, against: Sequence[Model] = ()
+) -> Report:
+    """The report of a net, what a plan made of it, the plan, and published nets to compare with.
 
     Raises PlanError where the plan was made for other weights or names layers that the net lacks, FileError
     where the times given are of layers that the net lacks.
@@ -246,9 +239,9 @@ def make(title: str, plans: Plans, before: Model, after: Model, given: Given) ->
     middle = before
     for plan in (plans.prune, plans.decompose):
         if plan is not None:
-            plan.check(before, sibling=True)
+            plan.check(before, sibling=True, force=given.force)
     if plans.prune is not None and plans.decompose is not None:
-        middle, _ = pruning.apply(plans.prune, before, sibling=True, input_shapes=shapes)
+        middle, _ = pruning.apply(plans.prune, before, sibling=True, force=given.force, input_shapes=shapes)
     found = find(middle, shapes)
     layers = tuple(_layers(plans, before, middle, after, found, given))
     original = find(before, shapes) if middle is not before else found
@@ -259,9 +252,10 @@ def make(title: str, plans: Plans, before: Model, after: Model, given: Given) ->
         tuple(_curves(layers, found)),
         tuple(_norms(plans.prune, original)),
         given,
-        tuple(_sources(before, after)),
+        tuple(_sources(before, after, against)),
         _versions(),
         tuple(_notes(plans, before, layers)),
+        tuple(_against(layers, before, after, one, shapes) for one in against),
     )
 
 
@@ -278,7 +272,8 @@ def _layers(
         target = found.targets.get(row.name)
         splits = _splits(entry, target) if entry is not None and target is not None else ()
         channels = (keep.channels or _outputs(row.a), len(keep.keep)) if keep is not None else None
-        yield Layer(row, summary, entry, splits, channels, measured.get(row.name), masked)
+        errors = given.fitted.get(row.name)
+        yield Layer(row, summary, entry, splits, channels, measured.get(row.name), errors, masked)
 
 
 def _measured(times: Times | None, names: set[str]) -> Mapping[str, tuple[float, float]]:
@@ -358,8 +353,32 @@ def _norms(plan: PruningPlan | None, found: Found) -> Iterator[Norms]:
         yield Norms(name, norms[order], kept[order])
 
 
-def _sources(before: Model, after: Model) -> Iterator[Source]:
-    for what, model in (("original", before), ("new", after)):
+def _against(
+    layers: Sequence[Layer], before: Model, after: Model, published: Model, shapes: InputShapes | None
+) -> Against:
+    """A published net beside the new one, layer by layer of the original."""
+    theirs = diff(before, published, shapes, recompose)
+    between = diff(after, published, shapes, recompose)
+    rows = {row.name: row for row in theirs.rows if row.a}
+    rivals = tuple(
+        Rival(layer.name, layer.macs[0], (layer.row.ranks, row.ranks), (layer.macs[1], row.pair("macs")[1]))
+        for layer in layers
+        if layer.row.a and (row := rows.get(layer.name)) is not None
+        if layer.changed or layer.row.ranks != row.ranks or row.pair("macs")[0] != row.pair("macs")[1]
+    )
+    totals = [(*theirs.totals(what), between.totals(what)[0]) for what in ("macs", "params")]
+    macs, params = ((first, mine, published) for first, published, mine in totals)
+    return Against(
+        str(published.net.path),
+        rivals,
+        tuple(row for row in between.rows if row.status != "same"),
+        macs,
+        params,
+    )
+
+
+def _sources(before: Model, after: Model, against: Sequence[Model]) -> Iterator[Source]:
+    for what, model in (("original", before), ("new", after), *(("other", one) for one in against)):
         paths = (model.net.path, model.weights.path if model.weights is not None else None)
         for kind, path, digest in zip(("net", "weights"), paths, model.fingerprint, strict=True):
             if path:
@@ -391,82 +410,6 @@ def _notes(plans: Plans, before: Model, layers: Sequence[Layer]) -> Iterator[str
             f"The pruned net was repaired ({', '.join(map(str, repairs))}) before it was decomposed; the curves and"
             " weight differences here are of the pruned net without the repair."
         )
-
-
-def read_times(path: str) -> Times:
-    """What ``time A B --json`` printed of two nets, by layer with ``--profile``; raises FileError where it is none."""
-    value = _document(path)
-    models = value.get("models")
-    if not isinstance(models, list) or len(models) != 2 or not all(isinstance(one, dict) for one in models):
-        raise FileError(
-            "holds no times of two nets",
-            path=path,
-            hint="write it with: caffe-lra time NET NEW --profile --json",
-        )
-    whole = _numbers([one.get("median_ms") for one in models], path)
-    gains = models[1].get("gains", [])
-    if not isinstance(gains, list) or not all(isinstance(one, dict) for one in gains):
-        raise FileError('"gains" is no list of layers', path=path)
-    layers = {str(one.get("name", "")): _numbers(one.get("ms"), path) for one in gains}
-    rest = layers.pop("", None)
-    threads = value.get("threads")
-    where = [
-        *(f"{name} {value[name]}" for name in ("onnxruntime", "torch") if name in value),
-        *(str(value[name]) for name in ("provider", "device") if name in value),
-        "all cores" if threads == 0 else f"{threads} threads",
-        *([f"{value['runs']} interleaved runs"] if "runs" in value else []),
-    ]
-    return Times(whole, layers, rest, ", ".join(where), path)
-
-
-def read_accuracy(path: str) -> tuple[Accuracy, ...]:
-    """What ``eval --json`` printed of the new net, with ``--reference`` of the original too; raises FileError."""
-    value = _document(path)
-    images, reference = value.get("images"), value.get("reference", {})
-    if (
-        not isinstance(images, int)
-        or not isinstance(reference, dict)
-        or not {"top1", "agreement"} & set(value)
-    ):
-        raise FileError(
-            "holds no accuracy",
-            path=path,
-            hint="write it with: caffe-lra eval NEW WEIGHTS --images SRC --json",
-        )
-    named = (("top-1", "top1"), ("top-5", "top5"), ("agreement with the original", "agreement"))
-    return tuple(
-        Accuracy(
-            name,
-            _share(reference[key], path) if key in reference else None,
-            _share(value[key], path),
-            images,
-        )
-        for name, key in named
-        if key in value
-    )
-
-
-def _share(value: Any, path: str) -> tuple[float, float]:
-    found = value if isinstance(value, dict) else {}
-    return _numbers([found.get("value"), found.get("standard_error")], path)
-
-
-def _numbers(value: Any, path: str) -> tuple[float, float]:
-    """Two numbers from 0 up; raises FileError where they are none."""
-    fine = isinstance(value, list) and len(value) == 2 and all(type(one) in (int, float) for one in value)
-    if not fine or not all(0 <= one < float("inf") for one in value):
-        raise FileError(f"{value!r} are no two numbers", path=path)
-    return float(value[0]), float(value[1])
-
-
-def _document(path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"is no JSON: {error}", path=path) from error
-    if not isinstance(value, dict):
-        raise FileError("is no JSON object", path=path)
-    return value
 
 
 def stem(prefix: str) -> str:

@@ -12,6 +12,7 @@ from caffe_proto.layers.spec import text
 from .report import Layer
 
 _WIDTH, _GAP, _LINE, _SPACE = 184, 18, 14, 20  # of a box, between boxes, of a line of text, between depths
+_LEAST = 0.7  # of its size a diagram keeps, to be read; a narrower place scrolls
 _LETTERS, _BOLD = 26, 23  # that a line of a box holds, and its first
 
 Shown = Callable[[str], str]
@@ -120,7 +121,7 @@ def _draw(
     edges = [_edge(boxes[source], box, tops) for box in boxes for source in sorted(box.above)]
     return (
         f'<svg class="net" role="img" aria-label="{label}" viewBox="0 0 {size[0]:g} {size[1]:g}"'
-        f' style="width:min(100%,{size[0]:g}px)">'
+        f' style="width:min(100%,{size[0]:g}px);--least:{_LEAST * size[0]:.0f}px">'
         + "".join(edges)
         + "".join(_box(box, tops[box.depth], shown) for box in boxes)
         + "</svg>"

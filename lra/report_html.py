@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from . import report_diagram, report_plots
-from .report import Counts, Curve, Layer, Report
-from .report_plots import AFTER, BEFORE, Bars, Line
+from .report import Against, Counts, Curve, Layer, Report
+from .report_plots import AFTER, BEFORE, CHOSEN, Bars, Line
 
 _CSS = """
 :root{color-scheme:light}
@@ -30,10 +30,12 @@ table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 th,td{padding:3px 9px;text-align:right;border-bottom:1px solid #e8ecf0;vertical-align:top}
 th{border-bottom:1.5px solid #9aa5b1;font-weight:600}
 th.word,td.word{text-align:left;min-width:6em;max-width:34em}
+#layers td:nth-child(3){white-space:nowrap}
 tfoot td{font-weight:600;border-top:1.5px solid #9aa5b1}
 tr.changed td:first-child,tr.removed td:first-child,tr.added td:first-child{box-shadow:inset 3px 0 #c8553d}
 .nets{display:grid;grid-template-columns:1fr 1fr;gap:16px;max-height:85vh;overflow-y:auto;border:1px solid #e8ecf0;padding:8px}
 .nets>div{min-width:0;text-align:center}
+.nets svg{min-width:var(--least)}
 .nets svg{height:auto}
 .net text{font-size:10px;fill:#1d2730}
 .net text.name{font-weight:600}
@@ -47,7 +49,7 @@ tr.changed td:first-child,tr.removed td:first-child,tr.added td:first-child{box-
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:4px 18px}
 pre{background:#f5f7f9;border:1px solid #e8ecf0;padding:10px;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere}
 @media (max-width:600px){.nets{grid-template-columns:1fr}}
-@media print{body{max-width:none;padding:0;font-size:11px}.nets{max-height:none;overflow:visible}.scroll{overflow:visible}
+@media print{.nets svg{min-width:0}body{max-width:none;padding:0;font-size:11px}.nets{max-height:none;overflow:visible}.scroll{overflow:visible}
 table{font-size:9px}th,td{padding:2px 4px}h2{break-after:avoid}tr,.chart,.figures div{break-inside:avoid}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
@@ -73,6 +75,7 @@ def page(report: Report) -> str:
             *_errors(report),
             *_accuracy(report),
             *_difference(report),
+            *_published(report),
             *_kept(report),
             *_origin(report),
             "</body></html>",
@@ -171,16 +174,12 @@ def _diagram(report: Report) -> Iterator[str]:
         '<p class="key">Left before, right after.<i class="changed"></i>changed<i class="removed"></i>only before'
         '<i class="added"></i>only after. Layers that work in place stand in the box of the layer before them.</p>'
     )
-    yield f'<div class="nets"><div>{before}</div><div>{after}</div></div>'
+    yield f'<div class="nets"><div class="scroll">{before}</div><div class="scroll">{after}</div></div>'
 
 
 def _counted(report: Report) -> list[Layer]:
-    """The layers that cost something in either net, or changed."""
-    return [
-        layer
-        for layer in report.layers
-        if layer.changed or any(pair != (0, 0) for pair in (layer.macs, layer.params))
-    ]
+    """The layers that multiply in either net, or changed."""
+    return [layer for layer in report.layers if layer.changed or layer.macs != (0, 0)]
 
 
 def _rank(layer: Layer) -> str:
@@ -203,6 +202,8 @@ def _table(report: Report) -> Iterator[str]:
     layers = _counted(report)
     planned = any(layer.planned_ms is not None for layer in layers)
     measured = any(layer.ms is not None for layer in layers)
+    told, fitted = (any(one is not None for one in found) for found in _predicted(layers))
+    apart = any(layer.apart for layer in layers)
     rows = [
         [
             layer.name,
@@ -212,8 +213,9 @@ def _table(report: Report) -> Iterator[str]:
             *_counts(layer.params),
             *(_milliseconds(layer.planned_ms) if planned else []),
             *(_milliseconds(layer.ms) if measured else []),
-            "" if layer.error is None else f"{layer.error:.4f}",
-            "" if not layer.apart else f"{layer.apart:.4f}",
+            *([_error(layer.error)] if told else []),
+            *([_error(layer.fitted)] if fitted else []),
+            *([_error(layer.apart or None)] if apart else []),
         ]
         for layer in layers
     ]
@@ -239,19 +241,38 @@ def _table(report: Report) -> Iterator[str]:
     if measured:
         columns += ["ms measured before", "after", "ratio"]
         total += _milliseconds(times.whole if times is not None else None)
-    columns += ["error planned", "weights apart"]
+    named = (("error planned", told), ("error fitted", fitted), ("weights apart", apart))
+    errors = [name for name, there in named if there]
+    columns += errors
+    total += [""] * len(errors)
     yield "<h2>Layers</h2>"
-    yield _grid(
-        "layers", columns, rows, words=3, marks=[_mark(layer) for layer in layers], total=[*total, "", ""]
-    )
+    yield _grid("layers", columns, rows, words=3, marks=[_mark(layer) for layer in layers], total=total)
     of = (
         "of responses to images, or of weights, as the scheme cuts them,"
         if report.fitted
         else "of the weights"
     )
-    yield f"<p>Error planned: the relative error {of} that the plan predicts. {_APART}</p>"
+    left = sum(layer.params != (0, 0) for layer in report.layers if layer not in layers)
+    if left:
+        yield f"<p>{left} layers more that learn but multiply nothing are the same; the totals have them.</p>"
+    if told:
+        yield f"<p>Error planned: the relative error {of} that the plan predicts.</p>"
+    if fitted:
+        yield f"<p>{_FITTED}</p>"
+    if apart:
+        yield f"<p>{_APART}</p>"
 
 
+def _predicted(layers: Sequence[Layer]) -> tuple[list[float | None], list[float | None]]:
+    """Errors that the plan predicts, and those measured behind the fit."""
+    return [layer.error for layer in layers], [layer.fitted for layer in layers]
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+_FITTED = "Error fitted: the relative error of held-out responses, measured behind activation and shortcut."
 _APART = (
     "Weights apart: ||W' - W|| / ||W|| of the files as they are, of a chain that of the one kernel it computes;"
     " empty where they are equal or cannot be compared."
@@ -310,6 +331,10 @@ def _times(report: Report) -> Iterator[str]:
     yield report_plots.bars(
         "times", "Milliseconds by layer, and the speed-up by MACs and as measured", _names(layers), parts
     )
+    if times.why:
+        yield "<p>Why layers gain less time than MACs, by estimates that overlap, the two largest:</p>"
+        causes = [[name, "; ".join(found[:2])] for name, found in times.why.items()]
+        yield _grid("why", ["layer", "what the time goes into"], causes, words=2)
 
 
 def _quotient(pair: tuple[float | None, float | None]) -> float | None:
@@ -374,11 +399,15 @@ def _curve(number: int, curve: Curve) -> str:
 
 
 def _errors(report: Report) -> Iterator[str]:
-    layers = [layer for layer in report.layers if layer.error is not None or layer.apart]
+    layers = [
+        layer for layer in report.layers if layer.error is not None or layer.fitted is not None or layer.apart
+    ]
     if layers:
         yield "<h2>Errors by layer</h2>"
+        planned, fitted = _predicted(layers)
         series: list[tuple[str, str, list[float | None]]] = [
-            ("planned", BEFORE, [layer.error for layer in layers]),
+            ("planned", BEFORE, planned),
+            ("fitted", CHOSEN, fitted),
             ("weights apart", AFTER, [layer.apart for layer in layers]),
         ]
         used = [one for one in series if any(one[2])]
@@ -389,14 +418,20 @@ def _errors(report: Report) -> Iterator[str]:
 
 
 def _accuracy(report: Report) -> Iterator[str]:
-    if report.given.accuracies:
+    given = report.given
+    if given.accuracies:
         yield "<h2>Accuracy</h2>"
         rows = [
             [one.name, *(_share(pair) for pair in (one.before, one.after)), f"{one.images:,}"]
-            for one in report.given.accuracies
+            for one in given.accuracies
         ]
         yield _grid("accuracy", ["", "before", "after", "images"], rows)
-        yield "<p>With the standard error.</p>"
+        yield f"<p>{_text(given.images)} With the standard error.</p>"
+    if given.apart:
+        yield "<h2>Outputs</h2>"
+        rows = [[name, f"{value:.4g}"] for name, value in given.apart.items()]
+        yield _grid("outputs", ["output", "||y' - y|| / ||y||"], rows)
+        yield f"<p>Both nets on {_text(given.compared)}.</p>"
 
 
 def _share(pair: tuple[float, float] | None) -> str:
@@ -411,6 +446,39 @@ def _difference(report: Report) -> Iterator[str]:
         rows = [[layer.name, layer.row.status, layer.summary] for layer in changed]
         yield _grid("difference", ["layer", "status", "difference"], rows, words=3)
     yield f"<p>{same} layers are the same.</p>"
+
+
+def _published(report: Report) -> Iterator[str]:
+    for i, one in enumerate(report.against):
+        yield f"<h2>Beside {_text(one.name)}</h2>"
+        yield "<p>Layers of the original that either net has otherwise: ranks, and MACs of all three.</p>"
+        yield _grid(
+            f"against{i}",
+            ["layer", "rank here", "rank there", "MACs original", "here", "there", "ratio here", "there"],
+            [_rival(*row) for row in _rivals(one)],
+            words=3,
+            total=_rival("total", "", "", *one.macs),
+        )
+        yield f"<p>Parameters: {one.params[0]:,} of the original, {one.params[1]:,} here, {one.params[2]:,} there.</p>"
+        if one.differences:
+            yield f"<p>What differs between this net and {_text(one.name)}:</p>"
+            rows = [[row.name, row.status, row.summary()] for row in one.differences]
+            yield _grid(f"between{i}", ["layer", "status", "difference"], rows, words=3)
+        else:
+            yield "<p>Both nets compute the same.</p>"
+
+
+def _rivals(one: Against) -> Iterator[tuple[str, str, str, int | None, int | None, int | None]]:
+    for rival in one.rivals:
+        ranks = [" + ".join(map(str, found)) for found in rival.ranks]
+        yield rival.name, ranks[0], ranks[1], rival.original, *rival.macs
+
+
+def _rival(name: str, here: str, there: str, *macs: int | None) -> list[str]:
+    """A row: MACs of the original, of this net, of the published one, and how many times fewer they are."""
+    original, *others = macs
+    ratios = [_ratio((original or 0, other or 0)) for other in others]
+    return [name, here, there, *map(_count, macs), *ratios]
 
 
 def _kept(report: Report) -> Iterator[str]:

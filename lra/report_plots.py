@@ -72,7 +72,12 @@ def bars(key: str, label: str, names: Sequence[str], parts: Sequence[Bars]) -> s
                 ax.xaxis.set_major_formatter(EngFormatter(sep=""))
             if len(part.series) > 1:
                 ax.legend(
-                    frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2
+                    frameon=False,
+                    fontsize=7,
+                    loc="lower right",
+                    bbox_to_anchor=(1, 1),
+                    borderpad=0,
+                    ncols=len(part.series),
                 )
         axes[0].set_yticks(places)
         axes[0].set_yticklabels([_short(name) for name in names], parse_math=False)

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from caffe_proto.errors import WeightsError
 from caffe_proto.graph import Value
 from caffe_proto.layers.spec import Arrays
+from caffe_proto.peers import Peers, Share
 from caffe_proto.runtime import Engine
 from caffe_proto.segments import Segments
 from caffe_proto.shape_inference import Shaped, infer
@@ -118,7 +120,8 @@ class Walker:
     """The two nets over one set of images.
 
     ``images``: source blob value -> (N, ...) as the net wants them. ``positions``: sampled places of an image.
-    ``by_image``: the nodes that can be run and treat every image by itself.
+    ``by_image``: the nodes that can be run and treat every image by itself. ``share``: which of all images these
+    are, where several processes share them; samples are of all images, and the first process solves.
     """
 
     shaped: Shaped
@@ -128,6 +131,7 @@ class Walker:
     positions: int
     seed: int
     by_image: frozenset[int]
+    share: Share | None = None
     parts: Segments = field(init=False)
     _samples: dict[str, Samples] = field(init=False, default_factory=dict)
 
@@ -138,6 +142,17 @@ class Walker:
 
     @property
     def n_images(self) -> int:
+        """Of all processes."""
+        return self.shared.total
+
+    @cached_property
+    def shared(self) -> Share:
+        """Which of all images this process has."""
+        return self.share or Share.whole(self._own)
+
+    @property
+    def _own(self) -> int:
+        """How many images this process has."""
         return len(next(iter(self.images.values())))
 
     @property
@@ -152,6 +167,17 @@ class Walker:
         """The sampled places of a layer's output, the same whichever other layers are sampled."""
         rng = np.random.default_rng([abs(self.seed), target.index])
         return Places.draw(rng, self.n_images, self._size(target), self.positions)
+
+    def _mine(self, places: Places) -> Places:
+        """Those of this process's images, by their numbers among these."""
+        rows = self.shared.rows(len(places))
+        images = np.searchsorted(self.shared.numbers, places.images[rows])
+        return Places(images, places.rows[rows], places.columns[rows])
+
+    def _all(self, rows: Array) -> Array:
+        """What all processes took at their places."""
+        found = self.shared.gathered(rows)
+        return self.shared.peers.told(lambda: found)
 
     def sample(self, targets: Sequence[Target], stage: Stage, key: str, step: Ticks) -> dict[str, Samples]:
         """Responses of layers in the original net, and their shortcuts, at drawn places; one pass for all new ones.
@@ -185,7 +211,7 @@ class Walker:
         by_name = {target.name: target for target in targets}
         wanted: dict[tuple[str, Value], tuple[Places, Array]] = {}
         for target in targets:
-            places = self.places(target)
+            places = self._mine(self.places(target))
             for value in filter(None, (Value(target.index, 0), self.behind(target).shortcut)):
                 empty = np.empty((len(places), self.shaped.shapes[value][1]), np.float32)
                 wanted[target.name, value] = places, empty
@@ -195,29 +221,44 @@ class Walker:
                 here, which = places.within(start, stop)
                 taken[which] = here.take(_maps(made[value], by_name[name]), start)
         for target in targets:
-            shortcut = self.behind(target).shortcut
-            places, responses = wanted[target.name, Value(target.index, 0)]
-            other = None if shortcut is None else wanted[target.name, shortcut][1]
-            self._samples[target.name] = Samples(places, responses, other)
+            behind = self.behind(target)
+            shortcut = behind.shortcut
+            _, responses = wanted[target.name, Value(target.index, 0)]
+            other = None if shortcut is None else self._all(wanted[target.name, shortcut][1])
+            gathered = self._all(responses)
+            if not all(np.isfinite(one).all() for one in (gathered, behind.scale, behind.shift)):
+                raise WeightsError(
+                    "what it and the layers behind it make of the images is not finite",
+                    layer=target.name,
+                    hint="negative variances of a BatchNorm, or weights or images that are not numbers, do that",
+                )
+            self._samples[target.name] = Samples(self.places(target), gathered, other)
 
     def moments(self, jobs: Sequence[Job], samples: Mapping[str, Samples], step: Ticks) -> dict[str, Moments]:
-        """Moments of what the free step of each job sees in the original net, with the responses: one pass."""
+        """Moments of what the free step of each job sees in the original net, with the responses: one pass.
+
+        Of several processes the first has those of all images, the others those of their own.
+        """
         moments: dict[str, Moments] = {}
+        own = {job.target.name: self._mine(samples[job.target.name].places) for job in jobs}
+        responses = {
+            name: samples[name].responses[self.shared.rows(len(samples[name].places))] for name in own
+        }
         bottoms = list(dict.fromkeys(self._bottom(job.target) for job in jobs))
         counted = 0  # the last batch reaches back
         for start, stop, made in self._original(bottoms, step):
             for job in jobs:
                 name = job.target.name
-                here, which = samples[name].places.within(counted, stop)
+                here, which = own[name].within(counted, stop)
                 maps = _maps(made[self._bottom(job.target)], job.target)
                 seen = job.sees(patches(maps, here.since(start), job.window))
                 flat = seen.reshape(len(seen), -1)
-                wanted = samples[name].responses[which]
+                wanted = responses[name][which]
                 if name not in moments:
                     moments[name] = Moments(flat.shape[1], wanted.shape[1])
                 moments[name].add(flat, wanted)
             counted = stop
-        return moments
+        return {name: _merged(one, self.shared.peers) for name, one in moments.items()}
 
     def _original(
         self, outputs: Sequence[Value], step: Ticks
@@ -228,12 +269,16 @@ class Walker:
             yield start, stop, self.parts.run(given, outputs)
 
     def _batches(self, step: Ticks) -> Iterator[tuple[int, int]]:
-        """Start and stop of each batch; ``step`` is told of the images that were new in it, once it is done."""
+        """Start and stop of each batch; ``step`` is told of the images that were new in it, once it is done.
+
+        Several processes are told to be as far as this one.
+        """
         done = 0
-        for start, stop in batches(self.n_images, self.batch):
+        for start, stop in batches(self._own, self.batch):
             yield start, stop
-            step(stop - done)
-            done = stop
+            known = stop * self.n_images // self._own
+            step(known - done)
+            done = known
 
     def fit(
         self, jobs: Sequence[Job], samples: Mapping[str, Samples], solve: Solver, stage: Stage, key: str,
@@ -244,7 +289,7 @@ class Walker:
         ``symmetric``: each from what the original ones before it produce, as if it were the only one.
         """
         ordered = sorted(jobs, key=lambda job: job.target.index)
-        done = _Progress(stage, key, self.n_images)
+        done = _Progress(stage, key, self._own)
         try:
             if not done.fitted:
                 done.store = self._store(stage.folder)
@@ -263,9 +308,12 @@ class Walker:
 
     def last(self, count: int) -> Walker:
         """The same nets over the last images alone."""
-        images = {value: x[-count:] for value, x in self.images.items()}
-        shaped = self._of_batch(min(self.batch, count))
-        return Walker(shaped, self.blobs, images, self.engine, self.positions, self.seed, self.by_image)
+        here, share = self.shared.part(self.n_images - count, self.n_images)
+        images = {value: x[here] for value, x in self.images.items()}
+        shaped = self._of_batch(max(1, min(self.batch, len(share.numbers))))
+        return Walker(
+            shaped, self.blobs, images, self.engine, self.positions, self.seed, self.by_image, share
+        )
 
     def _of_batch(self, size: int) -> Shaped:
         """The net's shapes for so many images at once."""
@@ -286,7 +334,7 @@ class Walker:
         return tuple(dict.fromkeys(value for value in found if value not in sources))
 
     def replay(self, chains: Mapping[str, Decomposition], targets: Sequence[Target]) -> list[Array]:
-        """The `ends` of the net with chains in the place of layers, over all images."""
+        """The `ends` of the net with chains in the place of layers, over all images of this process."""
         ends = self.ends()
         with tempfile.TemporaryDirectory() as folder:
             store = self._store(Path(folder))
@@ -297,7 +345,7 @@ class Walker:
                 index = len(self.shaped.graph.nodes) if target is None else target.index - 1
                 self._advance(store, index, goals, last, chains[last.name] if last is not None else None)
                 last = target
-            found = [store[value].read(0, self.n_images) for value in ends]
+            found = [store[value].read(0, self._own) for value in ends]
             store.close()
         return found
 
@@ -318,24 +366,24 @@ class Walker:
                 for chain in probes[target.name]:
                     run = Chain(chain.steps, self.engine, self._input_shape(target))
                     made: list[Array] = [np.empty_like(array) for array in reference]
-                    for start, stop in batches(self.n_images, self.batch):
+                    for start, stop in batches(self._own, self.batch):
                         given = store.read(start, stop)
                         shape = (self.batch, *self.shaped.shapes[Value(target.index, 0)][1:])
                         output = run(_maps(given[self._bottom(target)], target)).reshape(shape)
                         found = parts.run(given | {Value(target.index, 0): output}, ends)
                         for array, value in zip(made, ends, strict=True):
                             array[start:stop] = found[value]
-                    errors[target.name].append(relative_error(made, reference))
+                    errors[target.name].append(relative_error(made, reference, self.shared.peers.sum))
                     step(self.n_images)
             store.close()
         return errors
 
     def _store(self, folder: Path) -> Store:
         """A store of the images."""
-        store = Store(folder, self.n_images)
+        store = Store(folder, self._own)
         for value, x in self.images.items():
             (filled,) = store.new([x.shape])
-            for start, stop in batches(self.n_images, self.batch):
+            for start, stop in batches(self._own, self.batch):
                 filled.write(start, x[start:stop])
             store.put(value, filled)
         return store
@@ -369,11 +417,12 @@ class Walker:
 
     def _layer(self, store: Store, job: Job, samples: Samples, solve: Solver, step: Ticks) -> Fitted:
         behind = self.behind(job.target)
-        features = self._features(store[self._bottom(job.target)], job, samples.places, step)
+        places = self._mine(samples.places)
+        features = self.shared.gathered(self._features(store[self._bottom(job.target)], job, places, step))
         shortcut = None
         if behind.shortcut is not None:
-            shortcut = self._shortcut(store, job.target, behind.shortcut, samples.places)
-        return solve(features, job, behind, samples, shortcut)
+            shortcut = self.shared.gathered(self._shortcut(store, job.target, behind.shortcut, places))
+        return self.shared.peers.told(lambda: solve(features, job, behind, samples, shortcut))
 
     def _features(self, stack: Stack, job: Job, places: Places, step: Ticks) -> Array:
         """What the free step sees at the places, (n, c, taps), from the layer's input over all images."""
@@ -392,7 +441,7 @@ class Walker:
     def _shortcut(self, store: Store, target: Target, value: Value, places: Places) -> Array:
         """The approximated net's other branch at the places: (n, d)."""
         taken = np.empty((len(places), self.shaped.shapes[value][1]), np.float32)
-        for start, stop in batches(self.n_images, self.batch):
+        for start, stop in batches(self._own, self.batch):
             here, which = places.within(start, stop)
             maps = self.parts.run(store.read(start, stop), [value])[value]
             taken[which] = here.take(_maps(maps, target), start)
@@ -419,14 +468,39 @@ class Walker:
         return (shape[0], prod(shape[1:]), 1, 1) if target.dense else shape
 
 
-def relative_error(made: Sequence[Array], reference: Sequence[Array]) -> float:
-    """``|made - reference|^2 / |reference - its mean over images|^2``, the mean over several outputs."""
+def relative_error(
+    made: Sequence[Array], reference: Sequence[Array], total: Callable[[Any], Any] = lambda own: own
+) -> float:
+    """``|made - reference|^2 / |reference - its mean over images|^2``, the mean over several outputs.
+
+    ``total``: of a sum over these images, the sum over those of all processes.
+    """
     errors = []
     for one, other in zip(made, reference, strict=True):
         exact = other.astype(np.float64)
-        spread = float(((exact - exact.mean(axis=0)) ** 2).sum())
-        errors.append(float(((one - exact) ** 2).sum()) / (spread or 1.0))
+        mean = total(exact.sum(axis=0)) / total(len(exact))
+        spread = float(total(((exact - mean) ** 2).sum()))
+        errors.append(float(total(((one - exact) ** 2).sum())) / (spread or 1.0))
     return float(np.mean(errors)) if errors else 0.0
+
+
+def _merged(own: Moments, peers: Peers) -> Moments:
+    """The moments of all processes, in the first one."""
+    if peers.world == 1:
+        return own
+    states: list[dict[str, Array]] = [{} for _ in range(peers.world)]
+    for name, array in own.state().items():
+
+        def take(rank: int, part: Array, name: str = name) -> None:
+            states[rank][name] = part[0]
+
+        peers.collect(array[None], take)
+    if peers.rank:
+        return own
+    first, *others = map(Moments.from_state, states)
+    for one in others:
+        first.merge(one)
+    return first
 
 
 def _maps(array: Array, target: Target) -> Array:

@@ -15,6 +15,7 @@ from caffe_proto.text import Message
 from caffe_proto.weights import Blobs
 
 from .decomposition import Step, StepShape
+from .schemes.spatial import SPATIAL_HV
 from .targets import Target
 
 
@@ -26,7 +27,8 @@ class Style:
     ``top_from_blob``: suffixes of inner layers whose top is named after the old top, not after the layer.
     ``last_top``: the chain's top is named after its last layer, and what reads the old one reads that.
     ``written``: suffixes whose layers write pad, kernel_size and stride even where they are the default.
-    ``fillers``: by suffix, fillers that the layer is given.
+    ``fillers``: by suffix, fillers that the layer is given. ``vertical_first``: the tool knows a horizontal layer
+    behind a vertical one only.
     """
 
     suffixes: Mapping[str, str]
@@ -36,6 +38,11 @@ class Style:
     last_top: bool = False
     written: frozenset[str] = frozenset()
     fillers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    vertical_first: bool = False
+
+    def writes(self, scheme: str) -> bool:
+        """Whether the tool knows the chains of a scheme."""
+        return not (self.vertical_first and scheme == SPATIAL_HV.name)
 
     def suffix(self, step: str) -> str:
         """What a scheme's suffix is called in this style."""
@@ -47,17 +54,31 @@ _HE_FILLERS = {"weight_filler": '{ type: "msra" }', "bias_filler": '{ type: "con
 STYLES: Mapping[str, Style] = MappingProxyType(
     {
         "default": Style({}),
-        "wen": Style({}, explicit=_TAI, frozen_bias=frozenset({"_v"}), top_from_blob=frozenset({"_lowrank"})),
-        "tai": Style({}, explicit=_TAI, frozen_bias=frozenset({"_v"})),
+        "wen": Style(
+            {},
+            explicit=_TAI,
+            frozen_bias=frozenset({"_v"}),
+            top_from_blob=frozenset({"_lowrank"}),
+            vertical_first=True,
+        ),
+        "tai": Style({}, explicit=_TAI, frozen_bias=frozenset({"_v"}), vertical_first=True),
         "he": Style(
             {"_v": "_V", "_h": "_H", "_lowrank": "_W_prime", "_linear": "_P"},
             last_top=True,
             written=frozenset({"_linear"}),
             fillers={"_linear": _HE_FILLERS},
+            vertical_first=True,
         ),
         "girshick": Style({"_lowrank": "_L", "_linear": "_U"}, last_top=True),
     }
 )
+
+
+def unwritable(style: str, scheme: str) -> str | None:
+    """Why a style has no layers for a scheme; None where it has, or where there is no such style."""
+    if style not in STYLES or STYLES[style].writes(scheme):
+        return None
+    return f'the style "{style}" knows V before H only, {scheme} is the other order'
 
 
 def new_layers(
@@ -117,6 +138,49 @@ def _refitted(layer: Layer, target: Target, step: Step | StepShape, gains_bias: 
         blobs=_blobs(step, target, False) if isinstance(step, Step) else None,
         params=2,
     )
+
+
+def merged_layer(
+    layer: Layer,
+    target: Target,
+    step: Step | StepShape,
+    *,
+    bottoms: tuple[str, ...],
+    tops: tuple[str, ...],
+    has_bias: bool,
+    axis: int | None,
+) -> NewLayer:
+    """The block of ``layer`` as the one layer that a row of them is: between other blobs, with another shape and numbers.
+
+    ``has_bias``: of the whole row; ``axis``: from which the first of a row of fully connected layers flattens.
+    """
+    settings = _settings(layer, target, step, STYLES["default"], True, has_bias)
+    if has_bias and not _has_bias(layer, target):
+        settings |= {"bias_term": ["true"]}
+    if target.dense:
+        settings |= {"axis": [] if axis in (None, 1) else [str(axis)]}
+    else:
+        h, w = step.dilation
+        settings |= {"dilation": [] if (h, w) == (1, 1) else [str(h)] if h == w else [str(h), str(w)]}
+        settings |= {"group": [] if step.group == 1 else [str(step.group)]}
+    return NewLayer(
+        name=layer.name,
+        bottoms=bottoms,
+        tops=tops,
+        block=_block_name(target),
+        settings=settings,
+        blobs=_blobs(step, target, False) if isinstance(step, Step) else None,
+        params=2,
+    )
+
+
+def is_appendage(name: str, before: str) -> bool:
+    """Whether a layer is the last 1 x 1 layer of a chain, ``conv2_linear``, and the one before is of that chain."""
+    for suffix in {style.suffix("_linear") for style in STYLES.values()}:
+        stem = name.removesuffix(suffix)
+        if stem and stem != name and before.startswith(stem):
+            return True
+    return False
 
 
 def renamed_tops(layer: Layer, new: Sequence[NewLayer], style: Style, net: Net) -> dict[str, str]:

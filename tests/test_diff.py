@@ -367,7 +367,7 @@ def test_colours_on_a_terminal_and_none_when_piped(tmp_path: Path) -> None:
     output = os.read(leader, 100_000).decode()
     os.close(leader)
     assert shown.returncode == 1
-    marks = {mark: colour for colour, mark in re.findall(r"\x1b\[(\d+)m([-+~])\x1b", output)}
+    marks = {mark: colour for colour, mark in re.findall(r"\x1b\[(\d+)m([-+~]) ", output)}
     assert marks == {"-": "31", "+": "32", "~": "33"}
 
 

@@ -111,7 +111,7 @@ def test_the_blob_of_scores(judges: list[tuple[str, str]], wanted: str) -> None:
 def test_the_blob_of_scores_must_be_plain() -> None:
     body = FC.format("a") + 'layer { name: "s" type: "Silence" bottom: "label" }'
     assert scores_blob(build(_net(body))) == "a"
-    with pytest.raises(UsageError, match="the net has 2 outputs: a, b; say which: --output BLOB"):
+    with pytest.raises(UsageError, match="the net has 2 outputs: a, b; say which: --blob BLOB"):
         scores_blob(build(_net(body + FC.format("b"))))
     with pytest.raises(UsageError, match="this one has 2: data, label"):
         image_input(build(_net(FC.format("a") + FC.format("b").replace('bottom: "data"', 'bottom: "label"'))))
@@ -212,8 +212,8 @@ def test_refusals(digits: Path, capsys: Capture, tmp_path: Path) -> None:
         capsys, DEPLOY, WEIGHTS, *images, "--resize", "40", "--crop", "30"
     )
     assert "names no weights" in fails(capsys, DEPLOY, WEIGHTS, *images, "--reference", DEPLOY)
-    assert "scores are (N, K)" in fails(capsys, DEPLOY, WEIGHTS, *images, "--output", "conv1")
-    assert 'there is no blob "conv9"' in fails(capsys, DEPLOY, WEIGHTS, *images, "--output", "conv9")
+    assert "scores are (N, K)" in fails(capsys, DEPLOY, WEIGHTS, *images, "--blob", "conv1")
+    assert 'there is no blob "conv9"' in fails(capsys, DEPLOY, WEIGHTS, *images, "--blob", "conv9")
     np.savez(tmp_path / "many.npz", x=np.load(digits)["x"][:2], y=[3, 10])
     line = fails(capsys, DEPLOY, WEIGHTS, "--images", str(tmp_path / "many.npz"))
     assert 'image "many.npz[1]" has label 10, "prob" has 10 classes' in line

@@ -176,6 +176,21 @@ def test_wrong_images_are_refused(given: object, words: str) -> None:
         )
 
 
+@pytest.mark.parametrize("scheme", ["response", "spatial"])
+def test_responses_that_are_no_numbers_are_one_error(scheme: str) -> None:
+    """A variance below 0 makes NaN in Caffe too; the first layer that has to do with it is named."""
+    model = residual()
+    assert model.weights is not None
+    entries = [NewEntry(name, tuple(np.array(one) for one in model.weights[name])) for name in model.weights]
+    bad = next(entry for entry in entries if entry.name == "bn")
+    bad.arrays[1][:] = -1.0
+    broken = Model(model.net, Weights(entries))
+    with pytest.raises(Error, match="not finite") as caught:
+        plan = lra.make_plan(broken, scheme=scheme, speedup=1.2, images=images())
+        lra.apply(plan, broken, images=images())
+    assert caught.value.layer == "a"
+
+
 def test_places_are_drawn_without_replacement() -> None:
     places = Places.draw(np.random.default_rng(0), 5, (3, 4), 9)
     for image in range(5):

@@ -191,6 +191,31 @@ def test_onnx_and_time(capsys: Capture) -> None:
     assert made["speedup"]["latency"] > 0 and len(made["latency_ms"]) == 2
 
 
+def test_a_page_is_written_beside(capsys: Capture) -> None:
+    pytest.importorskip("matplotlib", reason="charts need matplotlib")
+    options = ("--rate-config", "rates.json", *L1, "--images", "images.npz", "--repair", "lsq")
+    made = prune(capsys, *options, "--report")
+    assert made["files"]["html"] == "new.html"
+    page = Path("new.html").read_text()
+    assert "caffe-lra prune net.prototxt net.caffemodel -o new" in page
+    judged = Judge(cp.load(*NET), images(), None, 1)(load())
+    assert f"<td>{judged.agreement.value:.4f} ± {judged.agreement.error:.4f}</td>" in page
+    for name, error in made["repairs"][0]["errors"].items():
+        assert name in page and f"{error:.4f}" in page
+    Path("net.html").write_text("mine")
+    assert "--report only goes with -o PREFIX" in refused(
+        capsys, "prune", *NET, "--speedup", "1.2", "--images", "images.npz", "--compare", "--report"
+    )
+    assert "would be overwritten" in refused(
+        capsys, "prune", *NET, "-o", "new", "--rate-config", "new.html", *L1, "--report"
+    )
+
+
+def test_what_cannot_be_written_is_seen_before_the_work(capsys: Capture) -> None:
+    err = refused(capsys, "prune", *NET, "-o", "nowhere/new", "--speedup", "1.2", "--images", "absent.npz")
+    assert "there is no folder 'nowhere'" in err
+
+
 def test_the_report_in_words(capsys: Capture) -> None:
     out, err = ok(
         capsys, "prune", *NET, "-o", "new", "--rates", "[0.5]+[0.4]+[0.]+[0.5]", "--count", "hrank",
@@ -228,6 +253,115 @@ def test_repairs_are_those_of_the_library(capsys: Capture) -> None:
     assert set(made["repairs"][1]["errors"]) == {"b", "end"}
     errors = {name: np.abs(outputs(load(name)) - outputs(whole)).mean() for name in ("new", "lsq")}
     assert errors["lsq"] < 0.8 * errors["new"]
+
+
+REPAIRED = ("--repair", "bias", "--repair", "lsq", "--repair", "bn")
+
+
+def test_a_plan_repeats_its_repairs(capsys: Capture) -> None:
+    drawn = ("--images", "images.npz", "--n-images", "30", "--seed", "7", "--positions", "20")
+    prune(capsys, "--rate-config", "rates.json", *L1, *drawn, *REPAIRED)
+    said = Plan.from_json(Path("new.plan.json").read_text()).target["repair"]
+    assert {key: said[key] for key in ("made", "images", "seed", "positions")} == {
+        "made": ["bias", "lsq", "bn"], "images": 30, "seed": 7, "positions": 20,
+    }  # fmt: skip
+    made = prune(capsys, "--plan", "new.plan.json", "--images", "images.npz", out="again")
+    assert [one["name"] for one in made["repairs"]] == ["bias", "lsq", "bn"]
+    ok(capsys, "apply", "new.plan.json", *NET, "-o", "carried", "--images", "images.npz", "--threads", "1")
+    for kind in ("prototxt", "caffemodel", "plan.json"):
+        for other in ("again", "carried"):
+            assert Path(f"{other}.{kind}").read_bytes() == Path(f"new.{kind}").read_bytes(), (other, kind)
+    prune(capsys, "--plan", "new.plan.json", "--repair", "none", out="bare")
+    assert np.abs(outputs(load("bare")) - outputs(load())).max() > 0.01
+    assert "repair" not in Plan.from_json(Path("bare.plan.json").read_text()).target
+    prune(capsys, "--plan", "bare.plan.json", *drawn, *REPAIRED, out="later")
+    assert Path("later.caffemodel").read_bytes() == Path("new.caffemodel").read_bytes()
+    assert Path("later.plan.json").read_bytes() == Path("new.plan.json").read_bytes()
+
+
+def test_the_train_val_is_repaired_as_the_net_was(capsys: Capture) -> None:
+    prune(capsys, "--rate-config", "rates.json", *L1, "--images", "images.npz", *REPAIRED)
+    ok(capsys, "apply", "new.plan.json", "train.prototxt", NET[1], "-o", "train_new", "--images", "images.npz",
+       "--input-shape", "data=4,3,8,8", "--threads", "1")  # fmt: skip
+    found, wanted = cp.load("train_new.prototxt", "train_new.caffemodel"), load()
+    assert found.weights is not None and wanted.weights is not None
+    assert list(found.weights) == list(wanted.weights)
+    for name in wanted.weights:
+        for mine, theirs in zip(found.weights[name], wanted.weights[name], strict=True):
+            assert np.array_equal(mine, theirs), name
+
+
+def test_masks_are_repaired_again_as_masks(capsys: Capture) -> None:
+    Path("rates.json").write_text('{"a": 0.4, "b": 0.25, "c": 0.5}')
+    masked = ("--mask-only", "--repair", "bias", "--repair", "bn")
+    prune(capsys, "--rate-config", "rates.json", *L1, "--images", "images.npz", *masked)
+    ok(capsys, "apply", "new.plan.json", *NET, "-o", "again", "--images", "images.npz", "--threads", "1")
+    assert Path("again.caffemodel").read_bytes() == Path("new.caffemodel").read_bytes()
+    prune(capsys, "--rate-config", "rates.json", *L1, "--mask-only", out="bare")
+    plan, x = Plan.from_json(Path("new.plan.json").read_text()), images()
+    biased = compensate(plan, cp.load(*NET), load("bare"), x, mask_only=True, threads=1).model
+    assert outputs(load()) == pytest.approx(outputs(reestimate(biased, x, threads=1).model), abs=1e-5)
+
+
+def test_a_plan_of_both_is_repaired_between(capsys: Capture) -> None:
+    prune(
+        capsys, "--speedup", "1.3", *L1, "--images", "images.npz", "--repair", "lsq", "--repair", "bn",
+        "--then-decompose", "2",
+    )  # fmt: skip
+    ok(capsys, "apply", "new.plan.json", *NET, "-o", "again", "--images", "images.npz", "--threads", "1")
+    for kind in ("prototxt", "caffemodel", "plan.json"):
+        assert Path(f"again.{kind}").read_bytes() == Path(f"new.{kind}").read_bytes()
+
+
+def test_repairs_of_a_plan_want_their_images(capsys: Capture) -> None:
+    drawn = ("--images", "images.npz", "--n-images", "30")
+    prune(capsys, "--rate-config", "rates.json", *L1, *drawn, "--repair", "bn")
+    again = ("apply", "new.plan.json", *NET, "-o", "x")
+    for command in (("prune", *NET, "--plan", "new.plan.json", "-o", "x"), again):
+        err = refused(capsys, *command)
+        assert "repairs the weights (bn) from 30 images; give those it was made with (--images SRC)" in err
+        assert "made with other images: seed 0 there, 3 here" in refused(
+            capsys, *command, "--images", "images.npz", "--seed", "3"
+        )
+    with np.load("images.npz") as arrays:
+        np.savez("others.npz", x=arrays["x"] + 1, y=arrays["y"])
+    assert "made with other images: sha256" in refused(capsys, *again, "--images", "others.npz")
+    ok(capsys, *again, "--images", "others.npz", "--force")
+    assert "--positions does not go with the repairs of this plan" in refused(
+        capsys, *again, "--images", "images.npz", "--positions", "3"
+    )
+    assert "--images only goes with WEIGHTS" in refused(
+        capsys, "apply", "new.plan.json", NET[0], "-o", "y", "--images", "images.npz"
+    )
+    prune(capsys, "--rate-config", "rates.json", *L1, out="bare")
+    assert "--n-images only goes with WEIGHTS and a plan that repairs them" in refused(
+        capsys, "apply", "bare.plan.json", *NET, "-o", "y", "--n-images", "3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("better", '"repair" must name repairs'),
+        ({"made": ["new"]}, '"repair" must name repairs'),
+        ({"made": ["bn"], "images": "all"}, "must be whole numbers"),
+    ],
+)
+def test_repairs_that_a_plan_gets_wrong(said: Any, line: str, capsys: Capture) -> None:
+    prune(capsys, "--rate-config", "rates.json", *L1)
+    plan = json.loads(Path("new.plan.json").read_text())
+    plan["target"]["repair"] = said
+    Path("wrong.plan.json").write_text(json.dumps(plan))
+    assert line in refused(capsys, "apply", "wrong.plan.json", *NET, "-o", "x")
+
+
+def test_a_plan_of_old_names_its_repairs_alone(capsys: Capture) -> None:
+    prune(capsys, "--rate-config", "rates.json", *L1, "--images", "images.npz", "--repair", "bn")
+    plan = json.loads(Path("new.plan.json").read_text())
+    plan["target"]["repair"] = ["bn"]
+    Path("old.plan.json").write_text(json.dumps(plan))
+    ok(capsys, "apply", "old.plan.json", *NET, "-o", "x", "--images", "images.npz", "--threads", "1")
+    assert Path("x.caffemodel").read_bytes() == Path("new.caffemodel").read_bytes()
 
 
 def test_criteria_side_by_side(capsys: Capture) -> None:
@@ -294,8 +428,6 @@ def test_the_train_val_takes_the_plan_and_the_weights(capsys: Capture) -> None:
     with cp.session(fits, ["end"], threads=1, input_shapes={"data": (4, 3, 8, 8), "label": (4,)}) as opened:
         made = opened.run({"data": images()[:4]})["end"]
     assert made == pytest.approx(outputs(load())[:4], abs=1e-5)
-    _, err = ok(capsys, "apply", "new.plan.json", "train.prototxt", NET[1], "-o", "train_new", *shape)
-    assert "these weights are not repaired (bn)" in err
 
 
 def test_masks_are_applied_as_masks(capsys: Capture) -> None:
@@ -314,9 +446,37 @@ def test_one_budget_for_pruning_and_decomposing(capsys: Capture) -> None:
     ok(capsys, "apply", "new.plan.json", *NET, "-o", "again")
     for kind in ("prototxt", "caffemodel", "plan.json"):
         assert Path(f"again.{kind}").read_bytes() == Path(f"new.{kind}").read_bytes()
-    assert "holds a decomposition too" in refused(capsys, "prune", *NET, "--plan", "new.plan.json", "-o", "x")
     err = refused(capsys, "prune", *NET, "--speedup", "1.3", *L1, "--then-decompose", "1.1", "-o", "x")
     assert "pruning alone makes it" in err
+
+
+def test_a_train_val_takes_a_plan_of_both(capsys: Capture) -> None:
+    made = prune(capsys, "--speedup", "1.3", *L1, "--then-decompose", "2")
+    carried = ok_json(capsys, "apply", "new.plan.json", "train.prototxt", NET[1], "-o", "train_new")
+    assert carried["speedup"] == made["speedup"]
+    with cp.session(load("new", "train_new.prototxt"), ["end"], threads=1,
+                    input_shapes={"data": (1, 3, 8, 8), "label": (1,)}) as opened:  # fmt: skip
+        found = np.concatenate([opened.run({"data": image[None]})["end"] for image in images()])
+    assert found == pytest.approx(outputs(load()), abs=1e-5)
+
+
+def test_plans_of_other_kinds_are_named(capsys: Capture) -> None:
+    prune(capsys, "--speedup", "1.3", *L1)
+    prune(capsys, "--speedup", "1.3", *L1, "--then-decompose", "2", out="both")
+    ok(capsys, "decompose", *NET, "-o", "low", "--speedup", "1.3")
+    for command, plan, line in (
+        ("decompose", "new", "is a plan that prunes; caffe-lra prune NET WEIGHTS --plan PLAN"),
+        ("decompose", "both", "prunes a net and decomposes what is left; caffe-lra apply PLAN NET WEIGHTS"),
+        ("prune", "both", "prunes a net and decomposes what is left; caffe-lra apply PLAN NET WEIGHTS"),
+        ("prune", "low", "is a plan that decomposes; caffe-lra decompose NET WEIGHTS --plan PLAN"),
+    ):
+        err = refused(capsys, command, *NET, "--plan", f"{plan}.plan.json", "-o", "x")
+        assert f"{plan}.plan.json: " in err and line in err
+    assert "is a plan that prunes" in refused(
+        capsys, "decompose", *NET, "--rank-config", "new.plan.json", "-o", "x"
+    )
+    Path("short.json").write_text('{"a": 3}')
+    assert "is a plan that decomposes" in refused(capsys, "prune", *NET, "--plan", "short.json", "-o", "x")
 
 
 def test_a_pruned_net_is_decomposed(capsys: Capture) -> None:

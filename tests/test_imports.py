@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     """
     caffe_proto.errors
-    caffe_proto.files caffe_proto.schema caffe_proto.text caffe_proto.wire
+    caffe_proto.files caffe_proto.peers caffe_proto.schema caffe_proto.text caffe_proto.wire
     lra.linalg lra.stats lra.nonlinear lra.decomposition lra.ranks lra.digits hrank.rank hrank.criteria
     lra.schemes.base lra.schemes.cross_filter lra.schemes.spatial
-    lra.schemes.response lra.schemes.asymmetric3d lra.schemes
+    lra.schemes.response lra.schemes.asymmetric3d lra.schemes lra.merging_algebra
     lra.filters lra.force lra.clipping lra.sparsify
     caffe_proto.blocks caffe_proto.weights caffe_proto.upgrade caffe_proto.net
     caffe_proto.recover caffe_proto.upgrade_weights
@@ -35,14 +35,14 @@ ORDER = (
     caffe_proto.torch_layers.recurrent caffe_proto.torch_layers.loss caffe_proto.torch_layers
     caffe_proto.torch_net
     caffe_proto.onnx_export
-    caffe_proto.runtime caffe_proto.quantize caffe_proto.latency caffe_proto.torch_time caffe_proto.segments caffe_proto.walk
+    caffe_proto.runtime caffe_proto.quantize caffe_proto.kernels caffe_proto.why caffe_proto.latency caffe_proto.torch_time caffe_proto.segments caffe_proto.walk
     caffe_proto.data.pictures caffe_proto.data.base caffe_proto.data.folders caffe_proto.data.arrays
     caffe_proto.data.datums caffe_proto.data caffe_proto.data.transform caffe_proto.data.batches
     caffe_proto.data.build
     caffe_proto.evaluation
     caffe_proto.train_data caffe_proto.train
     caffe_proto
-    lra.plan lra.targets lra.styles lra.train_layers lra.train_hooks lra.train_setup
+    lra.plan lra.targets lra.styles lra.merging lra.train_layers lra.train_hooks lra.train_setup
     lra.following lra.walk lra.stage lra.responses lra.calibration lra.matching lra.polish_torch lra.polish lra.jobs lra.fitting lra.options lra.selection lra.auto
     lra.latency_table lra.latency_probe lra.latency lra.latency_plan
     lra.planner lra.applier lra.repair
@@ -50,10 +50,12 @@ ORDER = (
     hrank.sites hrank.measure hrank.rank_files
     hrank.groups hrank.coupling hrank.plan hrank.applier hrank.counts hrank.rates
     lra.removal
-    hrank.planner hrank.masking hrank.repair hrank.compare
+    hrank.planner hrank.masking hrank.repair hrank.compare hrank.repairing hrank.tuning
     hrank
-    caffe_proto.console caffe_proto.array_files caffe_proto.cli_train caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli
-    lra.demo lra.outputs lra.cli_decompose hrank.outputs hrank.joint hrank.cli lra.report lra.report_plots lra.report_diagram lra.report_html lra.cli_report lra.train_report lra.cli_train lra.cli lra.__main__
+    caffe_proto.tables caffe_proto.console caffe_proto.completion caffe_proto.array_files caffe_proto.cli_train caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli_time caffe_proto.cli
+    lra.demo lra.outputs hrank.outputs hrank.joint
+    lra.report_given lra.report lra.report_plots lra.report_diagram lra.report_html lra.cli_report
+    lra.cli_decompose hrank.cli_options hrank.cli_checks hrank.cli_listing hrank.cli_writing hrank.cli_tuning hrank.cli_apply hrank.cli lra.train_report lra.cli_train lra.cli_welcome lra.cli lra.__main__
     """
 ).split()
 
@@ -63,11 +65,11 @@ CONFINED = {
         "caffe_proto.runtime",
         "caffe_proto.latency",
         "caffe_proto.segments",
-        "caffe_proto.cli",
         "caffe_proto.quantize",
     },
     "onnx": {"caffe_proto.onnx_export", "caffe_proto.quantize"},
     "torch": {
+        "caffe_proto.peers",
         "caffe_proto.torch_net",
         "caffe_proto.torch_time",
         "caffe_proto.torch_layers.base",
@@ -146,7 +148,7 @@ def test_numerics_know_no_caffe() -> None:
         name
         for name in known
         if name.startswith("lra.schemes")
-        or name in ("lra.linalg", "lra.stats", "lra.nonlinear", "lra.decomposition", "lra.ranks")
+        or name in ("lra.linalg", "lra.stats", "lra.nonlinear", "lra.decomposition", "lra.ranks", "lra.merging_algebra")
     ]
     for name in numerics:
         assert not any(one.startswith("caffe_proto") for one in imported(name, known[name], known)), name

@@ -78,7 +78,7 @@ def table(
     for target in found.targets.values():
         place, unit = drawing.place(target), BLOCK * target.geometry.group
         chains = [as_is(target)]
-        for name in ("pca", "spatial"):
+        for name in ("pca", "spatial", "spatial-hv"):
             most = ALL_SCHEMES[name].max_rank(target.shape, target.geometry.group)
             chains += [
                 ALL_SCHEMES[name].chain(target.shape, target.geometry, (rank,))
@@ -401,6 +401,11 @@ def test_the_command_end_to_end(work: Path, capsys: pytest.CaptureFixture[str]) 
     before, after = plan.predicted.ms
     assert found["speedup"]["latency_predicted"] == pytest.approx(before / after)
     assert found["speedup"]["latency_predicted"] >= 1.3 * (1 - 1e-4)
+    measured = {row["name"]: row for row in found["gains"]}
+    assert measured.keys() >= {row["name"] for row in found["layers"]}
+    for row in found["layers"]:
+        assert measured[row["name"]]["macs"] == row["macs"]
+    assert all(("why" in row) == (row.get("efficiency", 1.0) < 0.8) for row in found["gains"])
     medians = found["latency_ms"]
     assert found["speedup"]["latency"] == pytest.approx(medians[0] / medians[1])
     assert found["speedup"]["efficiency"] == pytest.approx(
@@ -415,6 +420,21 @@ def test_the_command_end_to_end(work: Path, capsys: pytest.CaptureFixture[str]) 
     assert run(capsys, *again, "--threads", "1")[1] == ""
     assert Path("again.caffemodel").read_bytes() == first
     assert "threads 1; here threads 2" in run(capsys, *again, "--threads", "2")[1]
+
+
+def test_apply_compares_what_it_knows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs no net: threads count where they are said; where the plan was measured stands in its report."""
+    run(capsys, "decompose", "net.prototxt", "net.caffemodel", "-o", "fast", "--speedup", "1.3", *WITH)
+    carry = ("apply", "fast.plan.json", "net.prototxt", "net.caffemodel", "-o", "again")
+    here = conditions(ENGINE)
+    told = f"times measured on processor {here['processor']}, onnxruntime {here['onnxruntime']}, threads 1, provider cpu"
+    out, err = run(capsys, *carry)
+    assert err == "" and told in out.splitlines()
+    assert run(capsys, *carry, "--threads", "1")[1] == ""
+    assert "threads 1; here threads 2" in run(capsys, *carry, "--threads", "2")[1]
+    text = Path("fast.plan.json").read_text()
+    Path("fast.plan.json").write_text(text.replace(here["onnxruntime"], "0.1"))
+    assert "onnxruntime 0.1; here onnxruntime" in run(capsys, *carry)[1]
 
 
 def test_plan_only_says_its_doubts(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

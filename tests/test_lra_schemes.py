@@ -14,7 +14,7 @@ from lra.decomposition import Decomposition, Geometry, Step, StepShape, macs
 from lra.schemes import SCHEMES
 from lra.schemes import cross_filter as cf
 
-LINEAR = ("pca", "svd", "spatial")
+LINEAR = ("pca", "svd", "spatial", "spatial-hv")
 ALL = (*LINEAR, "kmeans")
 
 # (out, in/group, kh, kw), geometry, input (h, w)
@@ -256,6 +256,7 @@ def test_largest_ranks() -> None:
         "svd": 64,
         "kmeans": 64,
         "spatial": 18,
+        "spatial-hv": 30,
     }
     assert SCHEMES["pca"].max_rank((64, 1, 3, 3), 1) == 9
     assert SCHEMES["kmeans"].max_rank((64, 1, 3, 3), 1) == 64

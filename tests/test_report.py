@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -29,7 +30,8 @@ from caffe_proto.model import Model, save, write_weights
 from caffe_proto.weights import NewEntry, Weights
 from hrank import coupling
 from hrank.joint import Joint, decompose_rest
-from lra import report
+from lra import report, report_given
+from lra.cli import main
 from lra.cli_report import report as command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,7 +294,7 @@ def square(*rows: Sequence[float]) -> Model:
 
 
 def _report(plans: str, before: Model, after: Model, **given: Any) -> report.Report:
-    return report.make("x", report.Plans.from_json(plans), before, after, report.Given(**given))
+    return report.make("x", report.Plans.from_json(plans), before, after, report_given.Given(**given))
 
 
 def test_a_curve_by_hand() -> None:
@@ -343,6 +345,142 @@ def test_a_net_without_weights_has_no_curves(files: tuple[str, str]) -> None:
         plan.layers["conv1"].macs or ()
     )
     assert "original weights" not in [row[0] for row in found.tables["files"]]
+
+
+# As decompose goes ------------------------------------------------------------------------------------------------
+
+
+def decompose(capsys: Capture, *options: str) -> tuple[Any, Page]:
+    """The JSON of a decompose command on the small net with --report, and its page."""
+    capsys.readouterr()
+    command = (
+        "decompose",
+        "net.prototxt",
+        "net.caffemodel",
+        "-o",
+        "x",
+        "--speedup",
+        "1.5",
+        "--report",
+        *options,
+    )
+    assert main([*command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    found = json.loads(out)
+    assert found["files"]["html"] == "x.html"
+    page = Page(Path("x.html").read_text("utf-8"))
+    assert page.words["pre"][0] == "caffe-lra " + " ".join((*command, "--json"))
+    return found, page
+
+
+def test_decompose_writes_the_page_that_report_writes(files: tuple[str, str], capsys: Capture) -> None:
+    decompose(capsys)
+    first = Path("x.html").read_text("utf-8")
+    second = made("x", *files)
+    commands = [Page(one).words["pre"][0] for one in (first, second)]
+    assert first.replace(commands[0], commands[1]) == second
+
+
+def test_decompose_puts_its_times_into_the_page(files: tuple[str, str], capsys: Capture) -> None:
+    found, page = decompose(capsys, "--time", "--threads", "1", "--compare", "random")
+    whole = page.tables["times"][1]
+    assert whole[1:3] == [f"{one:.3f}" for one in found["latency_ms"]]
+    gains = {one["name"]: one["ms"] for one in found["gains"]}
+    assert {"conv1", "conv2", "conv3", "ip1", ""} == set(gains)
+    for name in ("conv1", "conv2", "conv3", "ip1"):
+        row = dict(zip(page.tables["layers"][0], page.layer(name), strict=True))
+        assert row["ms measured before"] == f"{gains[name][0]:.3f}"
+    assert any("1 thread, 50 interleaved runs" in words for words in page.words["p"])
+    (output,) = page.tables["outputs"][1:]
+    assert output == ["prob", f"{found['outputs_apart']['prob']:.4g}"]
+    assert "Both nets on random input." in page.words["p"]
+
+
+def test_decompose_judges_both_nets_on_its_images(files: tuple[str, str], capsys: Capture) -> None:
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((60, 3, 12, 12)).astype(np.float32)
+
+    def scores(*paths: str) -> np.ndarray:
+        model = cp.load(*paths)
+        return np.concatenate([nets.forward(model, {"data": x[i : i + 2]})["prob"] for i in range(0, 60, 2)])
+
+    before = scores(*files)
+    y = before.argmax(1)
+    y[:20] = (y[:20] + 1) % 30
+    np.savez("images.npz", x=x, y=y)
+    found, page = decompose(capsys, "--images", "images.npz", "--threads", "1")
+    after = scores("x.prototxt", "x.caffemodel")
+    right = [float(np.mean(one.argmax(1) == y)) for one in (before, after)]
+    agree = float(np.mean(before.argmax(1) == after.argmax(1)))
+    assert right[0] != right[1] and agree < 1
+    rows = {row[0]: row[1:] for row in page.tables["accuracy"][1:]}
+    assert set(rows) == {"top-1", "top-5", "agreement with the original"}
+    assert [cell.split()[0] for cell in rows["top-1"][:2]] == [f"{one:.4f}" for one in right]
+    assert rows["agreement with the original"][1].split()[0] == f"{agree:.4f}"
+    assert {row[-1] for row in rows.values()} == {"60"}
+    assert any(words.startswith("On the images that the new net was fitted to.") for words in page.words["p"])
+    fitted = {row["name"]: row["error"] for row in found["layers"] if row["error_of"] == "responses"}
+    place = page.tables["layers"][0].index("error fitted")
+    assert fitted
+    for name, error in fitted.items():
+        assert page.layer(name)[place] == ("" if error is None else f"{error:.4f}")
+    np.savez("images.npz", x=x, y=y + 1000)  # labels of other classes say nothing
+    _, page = decompose(capsys, "--images", "images.npz", "--threads", "1")
+    assert [row[0] for row in page.tables["accuracy"][1:]] == ["agreement with the original"]
+
+
+def test_decompose_refuses_a_page_that_cannot_be(
+    files: tuple[str, str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["decompose", *files, "-o", "y", "--speedup", "1.5", "--report"]
+    capsys.readouterr()
+    assert main([*given, "--plan-only"]) == 2
+    assert "--report does not go with --plan-only" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(given) == 2
+    assert "install the extra report" in capsys.readouterr().err and not list(Path().glob("y*"))
+
+
+# A published net ------------------------------------------------------------------------------------------------
+
+
+def test_a_published_net_beside_ours(files: tuple[str, str], capsys: Capture) -> None:
+    model = cp.load(*files)
+    given = {"conv1": _entry("spatial", 5), "conv3": _entry("svd", 4)}
+    plan = lra.make_plan(model, rank_config=given, even_if_slower=True)
+    theirs, _ = lra.apply(plan, model)
+    save(theirs, "theirs.prototxt")
+    found = Page(made("x", *files, "--against", "theirs.prototxt", "--against", "x.prototxt,x.caffemodel"))
+    before, here, there = cp.cost(model), cp.cost(cp.load("x.prototxt")), cp.cost(theirs)
+    rows = {row[0]: row for row in found.tables["against0"][1:]}
+
+    def macs(cost: Any, name: str) -> str:
+        return f"{sum(one.macs for one in cost.layers if one.name.startswith(name)):,}"
+
+    assert {name: row[1:3] for name, row in rows.items()} == {
+        "conv1": ["7", "5"], "conv2": ["6", ""], "conv3": ["", "4"], "ip1": ["9", ""], "total": ["", ""],
+    }  # fmt: skip
+    for name in ("conv1", "conv2", "conv3", "ip1"):
+        assert rows[name][3:6] == [macs(cost, name) for cost in (before, here, there)]
+    assert rows["total"][3:] == [
+        *(f"{cost.macs:,}" for cost in (before, here, there)),
+        *(f"{before.macs / cost.macs:.2f}x" for cost in (here, there)),
+    ]
+    between = {row[0]: row[1:] for row in found.tables["between0"][1:]}
+    assert between["conv2"][0] == "decomposed" and "6" in between["conv2"][1]
+    assert "num_output: 7 -> 5" in between["conv1_v"][1]
+    assert "Both nets compute the same." in found.words["p"] and "between1" not in found.tables
+    assert {"Beside theirs.prototxt", "Beside x.prototxt"} <= set(found.words["h2"])
+    said = {(row[0], row[1]) for row in found.tables["files"][1:]}
+    assert ("other net", "theirs.prototxt") in said and ("other weights", "x.caffemodel") in said
+    capsys.readouterr()
+    assert "theirs.protoxt: no such file" in refused(
+        capsys, "x", *files, "-o", "o.html", "--against", "theirs.protoxt"
+    )
+    assert "would be overwritten" in refused(
+        capsys, "x", *files, "-o", "theirs.prototxt", "--against", "theirs.prototxt"
+    )
 
 
 # Plans of other kinds ------------------------------------------------------------------------------------------
@@ -399,7 +537,8 @@ def test_a_plan_that_was_fitted_to_images(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def write_times(*layers: tuple[str, list[float]]) -> None:
-    gains = [{"name": name, "ms": pair} for name, pair in layers]
+    why = [{"kind": "layout", "ms": 0.1, "text": "2 reorders"}, {"kind": "fusion", "ms": 0.05, "text": ""}]
+    gains = [{"name": name, "ms": pair} | ({"why": why} if name == "conv1" else {}) for name, pair in layers]
     models = [{"median_ms": 2.5}, {"median_ms": 1.25, "gains": gains}]
     document = {"models": models, "threads": 2, "provider": "cpu", "runs": 7, "onnxruntime": "1.2.3"}
     Path("times.json").write_text(json.dumps(document))
@@ -423,6 +562,7 @@ def test_times_and_accuracies(files: tuple[str, str]) -> None:
         ["whole net", "2.500", "1.250", "2.00x"],
         ["the rest", "1.000", "0.750", "1.33x"],
     ]
+    assert found.tables["why"][1:] == [["conv1", "layout: 2 reorders; fusion"]]
     assert "onnxruntime 1.2.3, cpu, 2 threads, 7 interleaved runs." in found.words["p"]
     assert found.tables["accuracy"][1:] == [
         ["top-1", "0.9000 ± 0.0125", "0.8750 ± 0.0125", "700"],
@@ -450,9 +590,9 @@ def test_other_files_are_no_times(tmp_path: Path, source: str) -> None:
     path = tmp_path / "t.json"
     path.write_text(source)
     with pytest.raises(FileError, match=r"t\.json"):
-        report.read_times(str(path))
+        report_given.read_times(str(path))
     with pytest.raises(FileError, match=r"t\.json"):
-        report.read_accuracy(str(path))
+        report_given.read_accuracy(str(path))
 
 
 # Refusals ------------------------------------------------------------------------------------------------------
@@ -507,7 +647,7 @@ addEventListener("load", () => {
   const root = document.documentElement, wide = root.clientWidth;
   if (root.scrollWidth > wide) said.push("page " + root.scrollWidth);
   for (const one of document.querySelectorAll("body *")) {
-    if (one.closest(".scroll,svg") && !one.matches(".scroll,svg")) continue;
+    if (one.parentElement.closest(".scroll,svg")) continue;
     const box = one.getBoundingClientRect();
     if (box.right > wide + 0.5 || box.left < -0.5) said.push(one.tagName + " " + box.left + " " + box.right);
   }
@@ -523,8 +663,17 @@ addEventListener("load", () => {
 </script>"""
 
 
+FRAME = """<body><iframe width={width} height=1500 style="border:0" srcdoc="{page}"></iframe><script>
+const frame = document.querySelector("iframe");
+addEventListener("load", () => {{
+  const found = frame.contentDocument.documentElement.getAttribute("data-probe");
+  document.documentElement.setAttribute("data-probe", found);
+}});
+</script></body>"""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on PATH")
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", [1280, 800, 400])
 def test_nothing_overflows_in_a_browser(files: tuple[str, str], tmp_path: Path, width: int) -> None:
     long = "inception_5b/double3x3_reduce_and_more_of_it"
     for path in map(Path, ("net.prototxt", "x.prototxt")):
@@ -534,8 +683,11 @@ def test_nothing_overflows_in_a_browser(files: tuple[str, str], tmp_path: Path, 
             .replace('"prob" type', f'"{long}2" type')
         )
     write_times(("conv1", [1.5, 0.5]), ("ip1", [1.5, 0.75]))
-    source = made("x", *files, "--times", "times.json")
-    Path("probed.html").write_text(source.replace("<head>", "<head>" + PROBE), "utf-8")
+    source = made("x", *files, "--times", "times.json", "--against", "net.prototxt")
+    probed = source.replace("<head>", "<head>" + PROBE)
+    if width < 500:  # no window is narrower; a frame may be
+        probed = FRAME.format(width=width, page=html.escape(probed))
+    Path("probed.html").write_text(probed, "utf-8")
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--dump-dom",

@@ -23,6 +23,7 @@ from caffe_proto.errors import UsageError
 from caffe_proto.latency import Gain, LayerTime, Subject, gains, replaced
 from caffe_proto.onnx_export import Request, export_onnx
 from caffe_proto.runtime import Engine, open_onnx
+from caffe_proto.why import Cause
 from lra.cli import main
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -102,7 +103,7 @@ def test_gains_by_layer_add_up() -> None:
     ]
     found = gains(first, second, before, after)
     assert found == [
-        Gain("conv", (6.0, 4.0), (600, 300)),
+        Gain("conv", (6.0, 4.0), (600, 300), (Cause("unexplained", 1.0, ""),)),  # 6 / 2 ms would be left
         Gain("fc", (2.0, 1.0), (100, 100)),
         Gain("", (1.5, 1.25), (50, 0)),
     ]

@@ -1,4 +1,9 @@
-"""Spatial decomposition: a kh x kw convolution as a kh x 1 and a 1 x kw one."""
+"""Spatial decomposition: a kh x kw convolution as a kh x 1 and a 1 x kw one, in either order.
+
+``spatial`` runs the vertical one first, as the papers do; ``spatial-hv`` the horizontal one. They cut different
+matrices, and where kernel, stride or image are not square they cost differently; which one a machine runs faster
+has to be measured.
+"""
 
 from __future__ import annotations
 
@@ -70,4 +75,54 @@ def _fold(left: Array, right: Array, shape: Shape) -> tuple[Array, Array]:
     return vertical, horizontal
 
 
+def horizontal_max_rank(shape: Shape, group: int) -> int:
+    """Full rank with the horizontal step first: ``group * min(in/group * kw, out/group * kh)``."""
+    out, depth, height, width = shape
+    return max_rank((out, depth, width, height), group)
+
+
+def horizontal_structure(shape: Shape, geometry: Geometry, rank: int) -> tuple[StepShape, ...]:
+    """Shapes of the chain ``_h`` (1 x kw), ``_v`` (kh x 1) at total rank `rank`; otherwise as `structure`.
+
+    MACs at stride 1, a position and group: ``rank/group * (in/group * kw + out/group * kh)``.
+
+    Raises:
+        ValueError: the rank is no positive multiple of the groups, or too large.
+    """
+    out, depth, height, width = shape
+    g = geometry.group
+    check_rank(rank, g, horizontal_max_rank(shape, g))
+    (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.pad, geometry.dilation
+    return (
+        StepShape("_h", (rank, depth, 1, width), (1, sw), (0, pw), (1, dw), g),
+        StepShape("_v", (out, rank // g, height, 1), (sh, 1), (ph, 0), (dh, 1), g),
+    )
+
+
+def horizontal_spectrum(weight: NDArray[Any], geometry: Geometry) -> SvdSpectrum:
+    """Factor a kh x kw convolution into a 1 x kw and a kh x 1 one: `spectrum` of the kernel turned in space.
+
+    ``W[o, i, h, w] ~ sum_r V[o, r, h, 0] H[r, i, 0, w]``, from the matrix ``A[(i, w), (h, o)]``.
+
+    Args:
+        weight: (out, in/group, kh, kw).
+        geometry: of the layer.
+
+    Raises:
+        ValueError: a shape that fits no convolution of this geometry, or weights that are not finite.
+    """
+    return SvdSpectrum(weight, geometry, horizontal_structure, _unfold_turned, _fold_turned, balanced=True)
+
+
+def _unfold_turned(kernel: Array) -> Array:
+    return _unfold(kernel.swapaxes(2, 3))
+
+
+def _fold_turned(left: Array, right: Array, shape: Shape) -> tuple[Array, Array]:
+    out, depth, height, width = shape
+    first, second = _fold(left, right, (out, depth, width, height))
+    return first.swapaxes(2, 3), second.swapaxes(2, 3)  # (r, i, 1, w), (o, r, h, 1)
+
+
 SPATIAL = Scheme("spatial", max_rank, structure, spectrum)
+SPATIAL_HV = Scheme("spatial-hv", horizontal_max_rank, horizontal_structure, horizontal_spectrum)
