@@ -43,7 +43,7 @@ FINETUNE = (
 )
 STRENGTHS = {"l2": (0.0005, 0.001, 0.002), "l1": (0.0005, 0.001, 0.002)}
 CIFAR_STRENGTHS = {"l2": (0.002, 0.005, 0.01), "l1": (0.002, 0.005, 0.01)}
-RESNET_FORCES = ("none", "l2_0.001", "l1_0.001")
+RESNET_FORCES = ("none", "l2_0.001", "l2_0.0003", "l1_0.001")
 MORE = {
     "repel": ("--force", "l2=-0.005"),
     "auto": ("--force", "l2", "--force-auto", "0.2"),

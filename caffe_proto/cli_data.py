@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import console
+from .cli_images import image_options, prepared, root_option, size_option, skip_bad_option
 from .console import input_shape_option, json_option, net_argument, seed_option, state_options, threads_option
 from .errors import UsageError
 from .model import net_and_weights
@@ -18,69 +18,12 @@ if TYPE_CHECKING:
     from .data.transform import Transform
     from .errors import FileError
     from .evaluation import Accuracy, Evaluation, Share, Subject
-    from .layers.spec import Shape
-    from .model import Model
-
-
-def _size(_context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """``227`` or ``256,320`` as height and width; raises UsageError where it is neither."""
-    if value is None:
-        return None
-    parts = value.replace("x", ",").split(",")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UsageError(
-            f"{option.opts[0]} {value!r} is no size", hint="for example 256, or 240,320 for height and width"
-        )
-    return int(parts[0]), int(parts[-1])
-
-
-def _size_option(name: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.option(name, callback=_size, metavar="N|H,W", help=text)
-
-
-def image_options(
-    function: Callable[..., Any], required: bool = True, n_images: int | None = None
-) -> Callable[..., Any]:
-    """--images and what is done to them before the net; ``n_images`` is the default of --n-images."""
-    for option in (
-        click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, and name them."),
-        click.option(
-            "--bgr/--rgb", "bgr", default=None,
-            help="The net's channel order. Default: as the images come; image files are BGR as in Caffe, arrays as stored.",
-        ),
-        _size_option("--resize", "Resize every image first, as OpenCV does."),
-        _size_option("--crop", "Centre crop; default: the net's crop_size, else its input size."),
-        click.option("--scale", type=float, help="Factor after the mean."),
-        click.option("--mean", metavar="B,G,R|FILE", help="What is subtracted: numbers, .npy or .binaryproto."),
-        click.option(
-            "--n-images", type=click.IntRange(1), default=n_images,
-            help=f"So many images, drawn by --seed; default: {n_images or 'all'}.",
-        ),
-        click.option("--root", metavar="FOLDER", help="Folder of a list's paths; default: the list's own."),
-        click.option(
-            "--images", required=required, metavar="SRC",
-            help="A folder of class folders, a list file, an LMDB, HDF5, .npz, MNIST's idx files or CIFAR's batches.",
-        ),
-    ):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def prepared(
-    model: Model, shape: Shape | None, mean: str | None, scale: float | None,
-    crop: tuple[int, int] | None, resize: tuple[int, int] | None, bgr: bool | None,
-) -> Transform:  # fmt: skip
-    """What the net's transform_param says, and the options over it."""
-    from .data.transform import Settings, for_net
-
-    order = None if bgr is None else "bgr" if bgr else "rgb"
-    return for_net(model.net, Settings(mean, scale, crop, resize, order), shape)  # type: ignore[arg-type]
 
 
 @click.command(name="eval")
 @net_argument
 @click.argument("weights")
-@image_options
+@image_options()
 @click.option("--reference", metavar="NET,WEIGHTS", help="A net to compare with: agreement and output error.")
 @click.option(
     "--blob", "output", metavar="BLOB", help="The blob of class scores; default: what the net's outputs say."
@@ -266,8 +209,8 @@ def cifar10(folder: str, output: str, as_json: bool) -> None:
 @data.command(name="images")
 @click.argument("src", metavar="LIST|FOLDER")
 @new_option
-@click.option("--root", metavar="FOLDER", help="Folder of the list's paths; default: the list's own.")
-@_size_option("--resize", "Resize every image.")
+@root_option("the list's")
+@size_option("--resize", "Resize every image.")
 @click.option("--gray", is_flag=True, help="Read images as gray.")
 @click.option("--shuffle", is_flag=True, help="Write them in an order drawn by --seed.")
 @click.option(
@@ -277,7 +220,7 @@ def cifar10(folder: str, output: str, as_json: bool) -> None:
     "--encode-type", metavar="EXT", help="Store encoded as jpg, png, ...; default: as each file is."
 )
 @click.option("--check-size", is_flag=True, help="Refuse images whose data differ in size.")
-@click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, and name them.")
+@skip_bad_option
 @seed_option
 @json_option
 def images_(
@@ -302,8 +245,8 @@ def images_(
 @data.command(name="mean")
 @click.argument("src")
 @click.option("-o", "--output", required=True, metavar="MEAN.binaryproto")
-@click.option("--root", metavar="FOLDER", help="Folder of a list's paths; default: the list's own.")
-@_size_option("--resize", "Resize every image first.")
+@root_option()
+@size_option("--resize", "Resize every image first.")
 @json_option
 def mean_(src: str, output: str, root: str | None, resize: tuple[int, int] | None, as_json: bool) -> None:
     """Write the mean image of SRC, an LMDB or other images of one size, as compute_image_mean does."""

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import console
-from .console import json_option
+from .console import Decorator, json_option, together
 from .errors import UsageError
 
 if TYPE_CHECKING:
     from .solver import Solver
-    from .train import Display, Event, Result, Tested
+    from .train import Display, Event, Result, Saved, Tested
 
 MakeHooks = Callable[..., Sequence[object]]
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _no_hooks(_solver: Solver) -> Sequence[object]:
@@ -36,11 +35,6 @@ def train_command(
     ``make_hooks``, called with the solver and the values of ``options``, gives the hooks that see each update;
     ``understood`` names the solver's fields of forks that it reads.
     """
-
-    def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
 
     @click.command(name="train")
     @click.argument("solver")
@@ -71,7 +65,7 @@ def train_command(
         show_default=True,
         help="torch's threads; 0: as torch chooses.",
     )
-    @with_options
+    @together(*options)
     @json_option
     def train(
         solver: str, weights: tuple[str, ...], state: str | None, data: str | None, test_data: str | None,
@@ -153,19 +147,23 @@ class Printer:
         self.told = False
 
     def __call__(self, event: Event) -> None:
-        from .train import Display, Saved
+        from .train import Display, Resized, Saved
 
         self.told = True
         if self.as_json:
             return
         if isinstance(event, Saved):
-            click.echo(f"Snapshotting to {event.weights} and {event.state}")
+            net = "" if event.net is None else f", the net as it is now to {event.net}"
+            click.echo(f"Snapshotting to {event.weights} and {event.state}{net}")
         elif isinstance(event, Display):
             speed = f"{event.per_second:.4g} iter/s"
             click.echo(
                 f"Iteration {event.iteration} ({speed}), loss = {event.loss:.6g}, lr = {event.rate:.6g}"
             )
             _print_outputs("Train", event)
+        elif isinstance(event, Resized):
+            sizes = ", ".join(f"{name} {count}" for name, count in event.outputs.items())
+            click.echo(f"Iteration {event.iteration}, outputs now: {sizes}")
         else:
             click.echo(f"Iteration {event.iteration}, Testing net (#{event.net})")
             if event.loss is not None:
@@ -185,9 +183,12 @@ class Printer:
                     "loss": result.loss,
                     "tests": [_test_json(test) for test in result.tests],
                     "images_per_second": speed,
-                    "files": {"weights": str(saved.weights), "state": str(saved.state)} if saved else {},
+                    "files": _files_json(saved) if saved else {},
                 }
             )
+        elif result.iteration < self.solver.max_iter:
+            state = f"; --snapshot {result.saved.state} goes on" if result.saved is not None else ""
+            click.echo(f"Stopped: {result.iteration:,} of {self.solver.max_iter:,} iterations{state}")
         else:
             click.echo(f"Optimization Done: {result.iteration:,} iterations, {speed:,.0f} images/s")
 
@@ -199,6 +200,11 @@ def _print_outputs(what: str, event: Display | Tested) -> None:
         weight = event.loss_weights.get(name)
         part = "" if weight is None else f" (* {weight:g} = {weight * value:.6g} loss)"
         click.echo(f"    {what} net output #{i}: {name} = {value:.6g}{part}")
+
+
+def _files_json(saved: Saved) -> dict[str, str]:
+    net = {} if saved.net is None else {"prototxt": str(saved.net)}
+    return {"weights": str(saved.weights), "state": str(saved.state), **net}
 
 
 def _test_json(test: Tested) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import click
+from click.core import ParameterSource
 
 from .errors import Error, NetError, UsageError, alike
 from .files import is_binary
@@ -24,6 +26,8 @@ from .peers import Elsewhere, leaving, rank
 from .tables import table as table
 
 _NAME = "caffe-lra"
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Step(Protocol):
@@ -48,35 +52,41 @@ seed_option = click.option(
 )
 
 
-def state_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--phase, --stage, --level: which layers of the file exist."""
-    for option in (
-        click.option(
-            "--level", type=int, default=0, show_default=True, help="Level for min_level/max_level rules."
-        ),
-        click.option("--stage", "stages", multiple=True, help="Stage that is set; repeatable."),
-        click.option(
-            "--phase",
-            type=click.Choice(["TEST", "TRAIN"]),
-            default="TEST",
-            show_default=True,
-            help="Phase of the net.",
-        ),
-    ):
-        function = option(function)
-    return function
+def together(*options: Decorator) -> Decorator:
+    """Several options as one, in this order."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
 
 
-def input_shape_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--input-shape, repeatable."""
-    return click.option(
-        "--input-shape",
-        "input_shapes",
-        multiple=True,
-        callback=lambda _context, _option, values: dict(map(parse_shape, values)),
-        metavar="BLOB=N,C,H,W",
-        help="Shape of an input blob, over what the file says; repeatable.",
-    )(function)
+def choice_option(*names: str, choices: Sequence[str], help: str) -> Decorator:
+    """One of these, the first where nothing is said."""
+    return click.option(*names, type=click.Choice(choices), default=choices[0], show_default=True, help=help)
+
+
+state_options = together(  # which layers of the file exist
+    choice_option(
+        "--phase",
+        choices=["TEST", "TRAIN"],
+        help="Phase of the net.",
+    ),
+    click.option("--stage", "stages", multiple=True, help="Stage that is set; repeatable."),
+    click.option(
+        "--level", type=int, default=0, show_default=True, help="Level for min_level/max_level rules."
+    ),
+)
+input_shape_option = click.option(
+    "--input-shape",
+    "input_shapes",
+    multiple=True,
+    callback=lambda _context, _option, values: dict(map(parse_shape, values)),
+    metavar="BLOB=N,C,H,W",
+    help="Shape of an input blob, over what the file says; repeatable.",
+)
 
 
 def parse_shape(value: str) -> tuple[str, tuple[int, ...]]:
@@ -89,6 +99,15 @@ def parse_shape(value: str) -> tuple[str, tuple[int, ...]]:
     if not equals or not name or not shape or min(shape) < 1:
         raise UsageError(f"--input-shape {value!r} is no BLOB=N,C,H,W", hint="for example data=1,3,224,224")
     return name, shape
+
+
+def said() -> frozenset[str]:
+    """The arguments and options of the present command that stand on the command line."""
+    context = click.get_current_context()
+    names = (str(one.name) for one in context.command.params)
+    return frozenset(
+        name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    )
 
 
 def refuse(said: set[str] | frozenset[str], why: str, spelt: Mapping[str, str]) -> None:
@@ -118,8 +137,16 @@ def command_line() -> str:
 
 
 def echo_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document."""
-    click.echo(json.dumps(document, indent=1))
+    """Print one JSON document; NaN and the infinities, which JSON has not, are null."""
+    click.echo(json.dumps(_finite(document), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

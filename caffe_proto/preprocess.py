@@ -117,7 +117,7 @@ def own_mean(net: Net, p: Typed) -> np.ndarray | None:
                 f'there is no mean file "{p["mean_file"]}"',
                 path=net.path,
                 line=p.line("mean_file"),
-                hint="give the mean itself: --mean FILE",
+                hint="put it there, beside the net or where you are, or give the mean by --mean FILE where the command has it",
             )
         return read_mean(str(found))
     values = p.get("mean_value")

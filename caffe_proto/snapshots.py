@@ -49,6 +49,11 @@ def names(prefix: str, iteration: int, *, hdf5: bool) -> tuple[Path, Path]:
     return Path(f"{stem}.caffemodel{'.h5' if hdf5 else ''}"), Path(f"{stem}.solverstate.npz")
 
 
+def net_name(prefix: str, iteration: int, outputs: Mapping[str, int]) -> Path | None:
+    """The net that goes beside the weights, where layers changed their outputs."""
+    return Path(f"{prefix}_iter_{iteration}.prototxt") if outputs else None
+
+
 def save(
     prefix: str, weights: Weights, net: Net, state: State, *, hdf5: bool, inputs: Iterable[str | Path | None]
 ) -> tuple[Path, Path]:
@@ -59,8 +64,12 @@ def save(
     Raises FileError where they cannot be written, UsageError where they are among the inputs.
     """
     paths = names(prefix, state.iteration, hdf5=hdf5)
-    changed = [Path(f"{prefix}_iter_{state.iteration}.prototxt")] if state.outputs else []
-    with files.writing([*paths, *changed], inputs) as (model_file, state_file, *net_files):
+    changed = net_name(prefix, state.iteration, state.outputs)
+    with files.writing([*paths, *([changed] if changed else [])], inputs) as (
+        model_file,
+        state_file,
+        *net_files,
+    ):
         for net_file in net_files:
             net_file.write_bytes(files.text_bytes(net.text))
         if hdf5:

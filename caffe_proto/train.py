@@ -99,14 +99,26 @@ class Tested:
 
 @dataclass(frozen=True)
 class Saved:
-    """A snapshot was written; training goes on from ``state`` as if it had not stopped."""
+    """A snapshot was written; training goes on from ``state`` as if it had not stopped.
+
+    ``net``: the net of ``weights``, where layers have another number of outputs than the solver's net says.
+    """
 
     iteration: int
     weights: Path
     state: Path
+    net: Path | None = None
 
 
-Event = Display | Tested | Saved
+@dataclass(frozen=True)
+class Resized:
+    """Layers have another number of outputs behind this iteration; by name."""
+
+    iteration: int
+    outputs: Mapping[str, int]
+
+
+Event = Display | Tested | Saved | Resized
 
 
 @dataclass(frozen=True)
@@ -200,6 +212,7 @@ class _Run:
         self.iteration = self.state.iteration if self.state else 0
         self.losses = deque(self.state.losses if self.state else (), described.average_loss)
         self.saved: Saved | None = None
+        self.saved_before: Saved | None = None
         self._check()
         self._opened: list[Feeds] = []
         self._shelf = Shelf()
@@ -422,6 +435,7 @@ class _Run:
         if made is None:
             return
         self.outputs.update(made.outputs)
+        self._tell(Resized(self.iteration, made.outputs))
         owners = {id(blob): key for key, blob in self.net.learnt.items()}
         given = {
             name: made.params.get(owners[id(blob)], blob).detach() for name, blob in self.net.named.items()
@@ -499,7 +513,8 @@ class _Run:
                 hdf5=self.solver.hdf5,
                 inputs=self.inputs,
             )
-        self.saved = Saved(self.iteration, model, state)
+        net = snapshots.net_name(self.solver.snapshot_prefix, self.iteration, self.outputs)
+        self.saved_before, self.saved = self.saved, Saved(self.iteration, model, state, net)
         self._tell(self.saved)
 
     def _state(self, model: str) -> State:
@@ -510,7 +525,10 @@ class _Run:
         )  # fmt: skip
 
     def _diverged(self, what: str) -> UsageError:
-        kept = f"{self.saved.state} is the last snapshot" if self.saved else "there is no snapshot yet"
+        good = self.saved
+        if good is not None and good.iteration == self.iteration:
+            good = self.saved_before  # those weights were finite, and too large for this
+        kept = f"{good.state} is the last good snapshot" if good else "this run has no good snapshot yet"
         return UsageError(
             f"{what} is no number any more in iteration {self.iteration}: training has diverged, {kept}",
             path=self.solver.path, hint="lower base_lr, or set clip_gradients",

@@ -361,7 +361,7 @@ def _stand_in(nodes: Sequence[Node], net: Net, options: Options) -> Feed:
     tops = [top for node in nodes for top in node.layer.tops]
     label = shapes[1][1:] if image and len(tops) > 1 and shapes[1] else ()
     shuffle = block is not None and bool(request[block].get("shuffle"))
-    return _images(source, transform, tops, size, shuffle=shuffle, label=label, options=options)
+    return Images(source, transform, tops, _size(size), shuffle=shuffle, label=label, options=options)
 
 
 def _open(node: Node, net: Net, options: Options) -> Feed:
@@ -374,20 +374,23 @@ def _open(node: Node, net: Net, options: Options) -> Feed:
     return opener(request, net, options)
 
 
-def _images(
-    source: Source,
-    transform: Transform,
-    tops: Sequence[str],
-    size: int,
-    *,
-    shuffle: bool = False,
-    skip: int = 0,
-    label: Shape = (),
-    options: Options,
-) -> Feed:
-    if size < 1:
-        raise NetError(f"batch_size is {size}, it must be positive")
-    return Images(source, transform, tops, size, shuffle=shuffle, skip=skip, label=label, options=options)
+def _size(given: int) -> int:
+    if given < 1:
+        raise NetError(f"batch_size is {given}, it must be positive")
+    return given
+
+
+def _named(request: Request, p: Typed, source: Source, transform: Transform, options: Options) -> Feed:
+    """The images of a layer that names them, as its parameters say."""
+    return Images(
+        source,
+        transform,
+        request.layer.tops,
+        _size(p["batch_size"]),
+        shuffle=p["shuffle"],
+        skip=_skip(p["rand_skip"], options),
+        options=options,
+    )
 
 
 def _open_data(request: Request, net: Net, options: Options) -> Feed:
@@ -398,16 +401,7 @@ def _open_data(request: Request, net: Net, options: Options) -> Feed:
     transform = for_net(_alone(net, request))
     color = True if p["force_encoded_color"] else transform.color
     source = options.shelf.open(path, root=None, resize=transform.resize, color=color)
-    skip = _skip(p["rand_skip"], options)
-    return _images(
-        source,
-        transform,
-        request.layer.tops,
-        p["batch_size"],
-        shuffle=p["shuffle"],
-        skip=skip,
-        options=options,
-    )
+    return _named(request, p, source, transform, options)
 
 
 def _open_image_data(request: Request, net: Net, options: Options) -> Feed:
@@ -416,16 +410,7 @@ def _open_image_data(request: Request, net: Net, options: Options) -> Feed:
     transform = for_net(_alone(net, request))
     root = _root(path, p["root_folder"], net)
     source = options.shelf.open(path, root=root, resize=transform.resize, color=transform.color)
-    skip = _skip(p["rand_skip"], options)
-    return _images(
-        source,
-        transform,
-        request.layer.tops,
-        p["batch_size"],
-        shuffle=p["shuffle"],
-        skip=skip,
-        options=options,
-    )
+    return _named(request, p, source, transform, options)
 
 
 def _root(path: Path, given: str, net: Net) -> str | None:

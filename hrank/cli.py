@@ -7,24 +7,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from caffe_proto import console, files
 from caffe_proto.console import net_argument
 from caffe_proto.errors import UsageError
 from caffe_proto.peers import Peers, joined
-from lra.cli_decompose import read_calibration
+from lra.cli_images import Images, read_images
 
 from . import cli_listing, cli_tuning, cli_writing, outputs
 from .cli_apply import repairing, untrained
 from .cli_checks import check
 from .cli_options import CRITERIA, MEASURED, Options, options
-from .cli_writing import Images, Made
+from .cli_writing import Made
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from caffe_proto.data.batches import Batch
     from caffe_proto.model import Model
     from lra.stage import Stage
 
@@ -46,10 +42,8 @@ def prune(**given: Any) -> None:
     Give exactly one of --rates, --rate-config, --plan, and --speedup or --params. Layers that must keep the same
     channels stay whole without --coupled.
     """
-    context = click.get_current_context()
-    said = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     with joined() as peers:
-        _Prune(Options(**given, said=frozenset(said)), peers).run()
+        _Prune(Options(**given, said=console.said()), peers).run()
 
 
 @dataclass(frozen=True)
@@ -69,8 +63,8 @@ class _Prune:
         if self.peers.world > 1:
             self._check_shared()
         if o.prefix is not None and not o.dry_run:
-            files.check(cli_writing.names(o).values(), o.inputs())
-        model = console.load_model(o.net, o.weights, o.phase, o.stages, o.level)
+            files.check(o.targets(), o.inputs())
+        model = o.load(o.net, o.weights)
         coupling = find(model, o.input_shapes)
         if o.dry_run:
             cli_listing.show(o, coupling)
@@ -90,17 +84,15 @@ class _Prune:
                 f"there is no work for {self.peers.world} processes",
                 hint="start one, or add --images: several share them",
             )
-        console.refuse(
-            {"compare", "finetune", "report_it"} & o.said,
-            "does not go with several processes: start one",
-            {"report_it": "report"},
-        )
+        o.refuse({"compare", "finetune", "report_it"}, "does not go with several processes: start one")
 
     def _work(self, coupling: Coupling, stage: Stage, ready: cli_tuning.Ready | None) -> None:
         from .planner import scored_layers, sizes
 
         o = self.o
-        images = self._read(coupling.model, stage) if o.images is not None else None
+        images = (
+            read_images(coupling.model, o.calibration, stage, self.peers) if o.images is not None else None
+        )
         if images is not None and o.recorded is not None:
             o.recorded.check(images.calibration, force=o.force)
         known, trials = None, []
@@ -165,7 +157,7 @@ class _Prune:
         from . import planner
 
         o = self.o
-        evidence = planner.evidence(coupling.model, layers, known, o.seed)
+        evidence = planner.evidence(coupling.model, layers, known, o.seed, o.input_shapes)
         by_layer, reasons = planner.scores(criterion, evidence)
         target: dict[str, Any] = {**o.amount().record(), "criterion": criterion}
         if criterion == "random":
@@ -193,22 +185,6 @@ class _Prune:
             if name in plan.layers
             for one in said
         ]
-
-    # Images ----------------------------------------------------------------------------------------------------
-
-    def _read(self, model: Model, stage: Stage) -> Images:
-        """The images that the options name, as the net wants them."""
-        import numpy as np
-
-        labels: list[np.ndarray] = []
-
-        def note(batch: Batch) -> None:
-            if batch.labels is not None:
-                labels.append(batch.labels)
-
-        calibration = read_calibration(model, self.o.calibration, stage, note, self.peers)
-        (array,) = calibration.images.values()
-        return Images(array, np.concatenate(labels) if labels else None, calibration)
 
     # Changing --------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from caffe_proto import console
+from caffe_proto.cli_images import COMPANIONS
 from lra import outputs as files_of
-from lra.cli_decompose import read_calibration
+from lra.cli_images import read_images
 
 from . import outputs
 
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .repairing import Recorded, Repair
 
-IMAGE_OPTIONS = frozenset(
-    {"images", "root", "n_images", "mean", "scale", "crop", "resize", "bgr", "skip_bad", "positions", "seed", "threads"}
-)  # fmt: skip
+IMAGE_OPTIONS = COMPANIONS | {"images", "positions", "seed", "threads"}
 
 
 def carry(given: Mapping[str, Any], said: frozenset[str]) -> None:
@@ -113,7 +112,7 @@ def _repaired(
     planned = {key: value for key, value in repairs.settings.items() if key not in given["said"]}
     stage = Stage()
     try:
-        calibration = read_calibration(model, {**given, **planned}, stage)
+        calibration = read_images(model, {**given, **planned}, stage).calibration
         repairs.check(calibration, force=given["force"])
         return make(
             repairs.names, plan, model, pruned, calibration, masks=masks, progress=repairing,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from caffe_proto import console
+from caffe_proto.cli_images import COMPANIONS
 from caffe_proto.errors import UsageError
 from lra.cli_report import check_charts
 
 from .cli_options import MEASURED, Options
 
-_COMPANIONS = {"n_images", "mean", "scale", "crop", "resize", "bgr", "skip_bad"}
 _DECIDES = {
     "criterion", "at", "rectify", "rank_file", "coupled", "group_score", "except_", "only", "round_to", "min_channels",
 }  # fmt: skip
@@ -23,19 +22,19 @@ def check(o: Options) -> None:
     if o.weights is None and not o.dry_run:
         raise UsageError("WEIGHTS is missing", hint="--dry-run alone does without")
     if o.rates is None and not o.dry_run:
-        _refuse(o, {"rates_as"}, "only goes with --rates")
+        o.refuse({"rates_as"}, "only goes with --rates")
     if o.plan_file is not None:
-        _refuse(o, _DECIDES | {"compare", "save_ranks"}, "does not go with --plan, which has decided")
+        o.refuse(_DECIDES | {"compare", "save_ranks"}, "does not go with --plan, which has decided")
     elif o.rank_file is None:
-        _refuse(o, {"force"}, "only goes with --plan or --rank-file")
+        o.refuse({"force"}, "only goes with --plan or --rank-file")
     if not o.coupled:
-        _refuse(o, {"group_score"}, "only goes with --coupled")
+        o.refuse({"group_score"}, "only goes with --coupled")
     if o.mask_only:
         _check_masks(o)
     if "none" in o.repair and len(set(o.repair)) > 1:
         raise UsageError("--repair none does not go with other repairs")
     if o.prefix is None:
-        _refuse(o, {"onnx", "time_it", "then_decompose", "finetune", "report_it"}, "only goes with -o PREFIX")
+        o.refuse({"onnx", "time_it", "then_decompose", "finetune", "report_it"}, "only goes with -o PREFIX")
     elif o.report_it:
         check_charts()
     _check_training(o)
@@ -56,16 +55,16 @@ def _budget(o: Options) -> list[str]:
 
 
 def _check_masks(o: Options) -> None:
-    _refuse(o, {"then_decompose"}, "does not go with --mask-only: masks leave every shape as it is")
+    o.refuse({"then_decompose"}, "does not go with --mask-only: masks leave every shape as it is")
     if "lsq" in o.repairs:
         raise UsageError("--repair lsq does not go with --mask-only: it fits the layers of a smaller net")
     if not _budget(o) and o.plan_file is None:
-        _refuse(o, {"coupled"}, "does not go with rates and --mask-only: each layer is masked by itself")
+        o.refuse({"coupled"}, "does not go with rates and --mask-only: each layer is masked by itself")
 
 
 def _check_training(o: Options) -> None:
     if o.finetune is None:
-        _refuse(o, _TRAINING, "only goes with --finetune")
+        o.refuse(_TRAINING, "only goes with --finetune")
     elif o.finetune_by != "all" and set(o.repairs) - {"bn"}:
         name = next(name for name in o.repairs if name != "bn")
         raise UsageError(
@@ -78,9 +77,9 @@ def _check_images(o: Options) -> None:
     if o.rank_file is not None and not o.measures:
         raise UsageError(f"--rank-file does not go with criterion {o.criterion}, which needs none")
     if o.rank_file is not None:
-        _refuse(o, {"save_ranks", "at", "rectify"}, "does not go with --rank-file")
+        o.refuse({"save_ranks", "at", "rectify"}, "does not go with --rank-file")
     if not o.measures:
-        _refuse(o, {"save_ranks", "at", "rectify"}, "only goes with criteria that are measured")
+        o.refuse({"save_ranks", "at", "rectify"}, "only goes with criteria that are measured")
     own = o.measures and o.criterion in MEASURED and o.rank_file is None
     needed = [f"--criterion {o.criterion}"] if own else []
     needed += ["--compare"] if o.compare else []
@@ -90,18 +89,13 @@ def _check_images(o: Options) -> None:
             raise UsageError(f"{needed[0]} needs images", hint="add --images SRC")
         if o.recorded is not None and not o.dry_run:
             raise o.recorded.without_images(o.plan_file, "or --repair none")
-        _refuse(o, _COMPANIONS | {"save_ranks"}, "only goes with --images")
+        o.refuse((COMPANIONS - {"root"}) | {"save_ranks"}, "only goes with --images")
         if o.finetune is None:
-            _refuse(o, {"root"}, "only goes with --images")
+            o.refuse({"root"}, "only goes with --images")
     elif not needed and o.recorded is None:
         raise UsageError(
             "--images is not needed",
             hint="it goes with criteria that are measured, --repair and --compare",
         )
     if "lsq" not in o.repairs:
-        _refuse(o, {"positions"}, "only goes with --repair lsq")
-
-
-def _refuse(o: Options, options: set[str], why: str) -> None:
-    """Refuse options that would be ignored."""
-    console.refuse(options & o.said, why, {"time_it": "time", "report_it": "report"})
+        o.refuse({"positions"}, "only goes with --repair lsq")

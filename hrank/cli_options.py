@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from caffe_proto.cli_data import image_options
-from caffe_proto.console import (
-    input_shape_option,
-    json_option,
-    seed_option,
-    state_options,
-    threads_option,
+from caffe_proto.cli_images import image_options
+from caffe_proto.console import choice_option, together
+from lra.cli_changing import (
+    Changing,
+    last_options,
+    layer_names,
+    layer_options,
+    plan_option,
+    prefix_option,
+    round_option,
 )
-from lra.cli_decompose import layer_names
-from lra.cli_report import report_option
+from lra.cli_images import positions_option
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -32,42 +34,30 @@ CRITERIA = [
 MEASURED = {"rank", "rowcol", "apoz", "activation", "nuclear", "reverse", "edge"}
 REPAIRS = ("bias", "lsq", "bn")  # hrank.repairing.REPAIRS, likewise
 
-_OPTIONS = (
-    click.option(
-        "-o",
-        "--output",
-        "prefix",
-        metavar="PREFIX",
-        help="Writes PREFIX.prototxt, PREFIX.caffemodel, PREFIX.plan.json.",
-    ),
+options = together(
+    prefix_option,
     click.option(
         "--rates",
         metavar="STRING",
         help="Fractions pruned, one a position of the net: [0.1]+[0.6]*35+[0.0]*2.",
     ),
-    click.option(
+    choice_option(
         "--rates-as",
-        type=click.Choice(["hrank", "hrankplus"]),
-        default="hrank",
-        show_default=True,
+        choices=["hrank", "hrankplus"],
         help="Which published code's positions and rounding --rates has; --dry-run lists the positions.",
     ),
     click.option("--rate-config", metavar="FILE.json", help='Rates by layer: {"conv1": 0.5}.'),
     click.option("--speedup", type=float, help="MACs before / after; one rate for all layers is found."),
     click.option("--params", type=float, help="Parameters before / after; with --speedup both are met."),
-    click.option("--plan", "plan_file", metavar="FILE.plan.json", help="Apply a plan made before."),
-    click.option(
+    plan_option,
+    choice_option(
         "--criterion",
-        type=click.Choice(CRITERIA),
-        default="rank",
-        show_default=True,
+        choices=CRITERIA,
         help="Which filters stay: rank, rowcol, apoz, activation, nuclear, reverse and edge are measured on images.",
     ),
-    click.option(
+    choice_option(
         "--at",
-        type=click.Choice(["relu", "after_pool", "conv"]),
-        default="relu",
-        show_default=True,
+        choices=["relu", "after_pool", "conv"],
         help="Where maps are read: behind the ReLU, behind a max pooling as the authors, or at the convolution.",
     ),
     click.option(
@@ -86,30 +76,13 @@ _OPTIONS = (
         is_flag=True,
         help="Also layers that share their channels with others (residual sums), as one.",
     ),
-    click.option(
+    choice_option(
         "--group-score",
-        type=click.Choice(["mean", "max", "min"]),
-        default="mean",
-        show_default=True,
+        choices=["mean", "max", "min"],
         help="With --coupled: a channel's score from those of the layers that share it.",
     ),
-    click.option(
-        "--except",
-        "except_",
-        multiple=True,
-        metavar="NAME|FILE.json",
-        help="Leave this layer whole; repeatable.",
-    ),
-    click.option(
-        "--only", multiple=True, metavar="NAME|FILE.json", help="Touch only these layers; repeatable."
-    ),
-    click.option(
-        "--round-to",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Channels are multiples of this, rounded up.",
-    ),
+    layer_options("Leave this layer whole"),
+    round_option("Channels are multiples of this, rounded up."),
     click.option(
         "--min-channels", type=click.IntRange(1), default=1, show_default=True, help="No layer keeps fewer."
     ),
@@ -123,11 +96,9 @@ _OPTIONS = (
         is_flag=True,
         help="List groups, layers, positions of rates and sizes; read no images, write nothing.",
     ),
-    click.option(
+    choice_option(
         "--count",
-        type=click.Choice(["macs", "hrank", "hrankplus"]),
-        default="macs",
-        show_default=True,
+        choices=["macs", "hrank", "hrankplus"],
         help="Also count as the published code does.",
     ),
     click.option(
@@ -138,11 +109,7 @@ _OPTIONS = (
         "BatchNorm again (behind --finetune); repeatable, made in this order. A plan repeats its own; none: leave them "
         "out.",
     ),
-    click.option(
-        "--positions",
-        type=click.IntRange(1),
-        help="With --repair lsq: places of each image at which responses are sampled.",
-    ),
+    positions_option("With --repair lsq: places of each image at which responses are sampled."),
     click.option(
         "--compare",
         is_flag=True,
@@ -161,11 +128,9 @@ _OPTIONS = (
         help="Train the pruned net by this solver, which names the train_val of NET; what is written is what that ends "
         "with. Needs torch.",
     ),
-    click.option(
+    choice_option(
         "--finetune-by",
-        type=click.Choice(["all", "layer", "block"]),
-        default="all",
-        show_default=True,
+        choices=["all", "layer", "block"],
         help="all: prune all, train once; layer: prune a layer, train, and so on, as HRank; block: the same from "
         "one fork of the net to the next, as HRank's ResNet-50.",
     ),
@@ -180,38 +145,20 @@ _OPTIONS = (
     ),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="To train on; default as in train."),
     click.option("--resume", is_flag=True, help="Go on with a --finetune that was interrupted."),
-    partial(image_options, required=False, n_images=500),
-    click.option("--onnx", is_flag=True, help="Also write PREFIX.onnx."),
-    click.option("--time", "time_it", is_flag=True, help="Also time both nets with onnxruntime."),
-    report_option,
-    threads_option,
-    seed_option,
-    input_shape_option,
-    state_options,
-    json_option,
+    image_options(required=False, n_images=500),
+    last_options("Also time both nets with onnxruntime."),
 )
 
 
-def options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """All options of the command."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
-
-
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Changing):
     """One prune command; fields are its options."""
 
-    net: str
     weights: str | None
-    prefix: str | None
     rates: str | None
     rates_as: str
     rate_config: str | None
-    speedup: float | None
     params: float | None
-    plan_file: str | None
     criterion: str
     at: Any
     rectify: bool
@@ -219,45 +166,19 @@ class Options:
     save_ranks: str | None
     coupled: bool
     group_score: str
-    except_: Sequence[str]
-    only: Sequence[str]
-    round_to: int
     min_channels: int
     mask_only: bool
     dry_run: bool
     count: str
     repair: Sequence[str]
-    positions: int | None
     compare: bool
     then_decompose: float | None
-    force: bool
     finetune: str | None
     finetune_by: Any
     data: str | None
     test_data: str | None
     iterations: int | None
     device: str | None
-    resume: bool
-    images: str | None
-    root: str | None
-    n_images: int
-    mean: str | None
-    scale: float | None
-    crop: tuple[int, int] | None
-    resize: tuple[int, int] | None
-    bgr: bool | None
-    skip_bad: bool
-    onnx: bool
-    time_it: bool
-    report_it: bool
-    threads: int
-    seed: int
-    input_shapes: dict[str, tuple[int, ...]]
-    phase: str
-    stages: Sequence[str]
-    level: int
-    as_json: bool
-    said: frozenset[str]  # options that stand on the command line
 
     @cached_property
     def given_plan(self) -> Plan:
@@ -289,7 +210,7 @@ class Options:
 
     @property
     def calibration(self) -> Mapping[str, Any]:
-        """What `read_calibration` takes; what a plan says of its images counts where the command line is silent."""
+        """What `read_images` takes; what a plan says of its images counts where the command line is silent."""
         planned = {} if self.recorded is None else self.recorded.settings
         return {**vars(self), **{key: value for key, value in planned.items() if key not in self.said}}
 
@@ -327,11 +248,6 @@ class Options:
     def places(self) -> dict[str, Any]:
         """Where the maps are read, and by which seed the images are drawn."""
         return {"at": self.at, **({"rectify": True} if self.rectify else {}), "seed": self.seed}
-
-    @property
-    def html(self) -> str:
-        """The page of --report."""
-        return f"{self.prefix}.html"
 
     def inputs(self) -> list[str | None]:
         """Every file that was given, none of which may be overwritten."""

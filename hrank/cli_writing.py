@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from caffe_proto import console
+from caffe_proto.binding import bind
 from lra import outputs as files_of
 from lra.cli_report import write_page
 
@@ -14,11 +15,9 @@ from . import cli_listing, outputs
 from .cli_options import Options
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from caffe_proto.model import Model
     from lra.applier import Report as Decomposed
-    from lra.calibration import Calibration
+    from lra.cli_images import Images
     from lra.report_given import Times
 
     from .applier import Report
@@ -30,15 +29,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """The images as the net wants them, in a file of their own, and labels where there are any."""
-
-    array: np.ndarray
-    labels: np.ndarray | None
-    calibration: Calibration
-
-
-@dataclass(frozen=True, eq=False)
 class Made:
     """What came of a net: its new form, the plan with all that was done, and what there is to say of each step."""
 
@@ -47,12 +37,6 @@ class Made:
     report: Report
     repairs: tuple[Repair, ...] = ()
     trained: tuple[Trained, ...] = ()
-
-
-def names(o: Options) -> dict[str, str]:
-    """The files of the prefix by kind."""
-    page = {"html": o.html} if o.report_it else {}
-    return files_of.names(str(o.prefix), weights=True, onnx=o.onnx) | page
 
 
 def finish(
@@ -67,16 +51,13 @@ def finish(
     text, changed, rest = _decomposed(o, made)
     total = None if rest is None else (made.report.macs[0], rest.macs[1])
     model = coupling.model
-    subjects = (
-        files_of.subjects((o.net, f"{o.prefix}.prototxt"), (model, changed), o.input_shapes)
-        if o.time_it
-        else []
-    )  # what can fail comes before the writing
+    subjects = o.subjects(model, changed)  # what can fail comes before the writing
     keep = {name: len(channels) for name, channels in made.plan.keep.items()}
     counted = cli_listing.counted(o, coupling, keep)
-    files = {kind: path for kind, path in names(o).items() if kind != "html"}
+    files = o.names()
     files_of.write(files, changed, text, o.inputs(), o.plan_file, o.input_shapes)
-    written = _read_again(o, files, total[1] if total else made.report.macs[1])
+    written, shaped = o.read_again(total[1] if total else made.report.macs[1])
+    bind(shaped, written.weights)
     times, gains = files_of.times(subjects, o.threads), files_of.gains(subjects, o.threads)
     if o.report_it:
         from lra.report_given import timed
@@ -103,21 +84,6 @@ def _decomposed(o: Options, made: Made) -> tuple[Plan | Joint, Model, Decomposed
 
     second, changed, rest = decompose_rest(made.model, made.report.macs, o.then_decompose, o.input_shapes)
     return Joint(made.plan, second), changed, rest
-
-
-def _read_again(o: Options, files: Mapping[str, str], macs: int) -> Model:
-    """The written net, which must cost what was planned."""
-    from caffe_proto.binding import bind
-    from caffe_proto.costs import cost
-    from caffe_proto.graph import build
-    from caffe_proto.shape_inference import infer
-
-    written = console.load_model(files["prototxt"], files["caffemodel"], o.phase, o.stages, o.level)
-    shaped = infer(build(written.net), o.input_shapes, partial=True)
-    bind(shaped, written.weights)
-    if cost(shaped).macs != macs:
-        raise AssertionError("the written files do not cost what was planned")
-    return written
 
 
 def _page(

@@ -144,11 +144,19 @@ def scores(name: str, evidence: Evidence) -> Scores:
         raise ValueError(f'there is no criterion "{name}"; there are {", ".join(CRITERIA)}')
     missing = [field for field in criterion.needs if _lacks(getattr(evidence, field))]
     if missing:
-        raise ValueError(f'criterion "{name}" needs {missing[0]}, which is not known')
+        raise ValueError(
+            f'criterion "{name}" needs {_LACKING.get(missing[0], missing[0])}, which is not known'
+        )
     made = np.asarray(criterion.score(evidence), np.float64)
     if made.ndim != 1 or not np.isfinite(made).all():
         raise ValueError(f'criterion "{name}" gives scores that are not finite')
     return made
+
+
+_LACKING = {
+    "gamma": "gamma, the factors of a BatchNorm behind the layer",
+    "readers": "readers, the layers that read the channels",
+}
 
 
 def _lacks(value: object) -> bool:

@@ -209,13 +209,19 @@ def measure(
 
 
 def evidence_of(
-    model: Model, measured: Measured | None, layers: Iterable[str], seed: int = 0
+    model: Model,
+    measured: Measured | None,
+    layers: Iterable[str],
+    seed: int = 0,
+    inputs: InputShapes | None = None,
 ) -> dict[str, Evidence]:
     """Everything known of the filters of convolutions, for `criteria.scores`; ``measured`` None for weights only.
 
-    Layer i draws its random order from ``seed + i``. Raises UsageError where the net has no such convolution.
+    Layer i draws its random order from ``seed + i``. ``inputs``: shapes of inputs over what the net says. Raises
+    UsageError where the net has no such convolution.
     """
-    shaped = infer(build(model.net), measured.inputs if measured is not None else None, partial=True)
+    given = {**(inputs or {}), **(measured.inputs if measured is not None else {})}
+    shaped = infer(build(model.net), given, partial=True)
     blobs = bind(shaped, model.weights)
     found = {}
     for position, name in enumerate(layers):

@@ -5,10 +5,11 @@ The three steps are apart, so that a dry run stops after the first, and a compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +27,11 @@ from .groups import Group
 from .measure import Measured, evidence_of, measure
 from .plan import Plan
 from .sites import At, find_sites
+
+if TYPE_CHECKING:
+    from caffe_proto.data.batches import Batches
+
+_IMAGES = 500  # where only their source is given, as in the paper
 
 Scores = dict[str, np.ndarray]
 
@@ -201,10 +207,14 @@ def measured_layers(coupling: Coupling, layers: Collection[str], at: At) -> list
 
 
 def evidence(
-    model: Model, layers: Sequence[str], known: Measured | Mapping[str, np.ndarray] | None, seed: int
+    model: Model,
+    layers: Sequence[str],
+    known: Measured | Mapping[str, np.ndarray] | None,
+    seed: int,
+    inputs: InputShapes | None = None,
 ) -> dict[str, Evidence]:
     """What is known of each layer's filters, from weights and, where given, sums over images or published ranks."""
-    found = evidence_of(model, known if isinstance(known, Measured) else None, layers, seed)
+    found = evidence_of(model, known if isinstance(known, Measured) else None, layers, seed, inputs)
     if known is not None and not isinstance(known, Measured):
         for name in layers:
             if name in known:
@@ -262,6 +272,19 @@ def choose(
         )  # fmt: skip
     rate = {} if found.rate is None else {"rate": found.rate}
     return Plan.of(coupling, keep, kept=kept, target={**(target or {}), **rate})
+
+
+@contextmanager
+def _read(src: str | Path, coupling: Coupling, seed: int) -> Iterator[Batches]:
+    """Images from where ``--images`` would find them."""
+    from caffe_proto.data import open_source
+    from caffe_proto.data.batches import Batches
+    from caffe_proto.data.transform import for_net
+
+    shape = coupling.shaped.shapes[coupling.shaped.graph.sources[0]]
+    transform = for_net(coupling.model.net, shape=shape)
+    with closing(open_source(src, resize=transform.resize, color=transform.color)) as source:
+        yield Batches(source, transform, n_images=_IMAGES, seed=seed, shape=shape[1:])
 
 
 def read_ranks(path: str | Path, coupling: Coupling, at: At, *, force: bool = False) -> Any:
@@ -325,7 +348,8 @@ def make_plan(
     """Choose the channels that stay, by the mean rank of their maps or another criterion.
 
     Args:
-        images: (N, C, H, W) as the net wants them, or batches of such; where the criterion is measured on images.
+        images: where the criterion is measured on images: (N, C, H, W) as the net wants them, batches of such, or the
+            name of what ``--images`` takes: 500 of them then, as the net's own transform_param has it.
         rates: a string such as ``[0.1]+[0.6]*35``, or rates by layer name; fractions pruned.
         rates_as: the grammar of the string, "hrank" or "hrankplus".
         speedup: MACs of the net before over after; ``params`` the same of stored numbers.
@@ -348,8 +372,8 @@ def make_plan(
     layers = scored_layers(coupling, found)
     known: Any = None
     if CRITERIA[criterion].needs_images:
-        known = _known(coupling, criterion, layers, images, ranks, at, rectify, threads, step)
-    by_layer, reasons = scores(criterion, evidence(model, layers, known, seed))
+        known = _known(coupling, criterion, layers, images, ranks, at, rectify, threads, seed, step)
+    by_layer, reasons = scores(criterion, evidence(model, layers, known, seed, input_shapes))
     target = {**amount.record(), "criterion": criterion, **({"masks": True} if limits.masks else {})}
     return choose(coupling, found, by_layer, reasons, reduce=reduce, target=target)
 
@@ -365,12 +389,15 @@ def amount_of(
 
 def _known(
     coupling: Coupling, criterion: str, layers: Sequence[str], images: Any, ranks: Any, at: At, rectify: bool, threads: int,
-    step: Callable[[int], None],
+    seed: int, step: Callable[[int], None],
 ) -> Any:  # fmt: skip
     if ranks is not None:
         return read_ranks(ranks, coupling, at)
     if images is None:
         raise UsageError(f'criterion "{criterion}" is measured on images', hint="give images, or a rank file")
+    if isinstance(images, str | Path):
+        with _read(images, coupling, seed) as batches:
+            return _known(coupling, criterion, layers, batches, ranks, at, rectify, threads, seed, step)
     names = measured_layers(coupling, layers, at)
     if not names:
         return None

@@ -47,12 +47,14 @@ class Layout:
 
     def by_layer(self, rates: Sequence[float]) -> dict[str, float]:
         """Rates by layer name; raises UsageError where there are too few or too many."""
+        if not self.positions:
+            raise sizeless(self.coupling)
         if len(rates) != len(self.positions):
-            first = self.positions[0].what if self.positions else "none"
+            first = self.positions[0].what
             raise UsageError(
                 f"{len(rates)} rates for {len(self.positions)} positions of this net ({self.net}, {self.grammar})",
                 path=self.coupling.model.net.path,
-                hint=f"position 1 is {first}; the mapping lists all",
+                hint=f"position 1 is: {first}; caffe-lra prune NET --dry-run lists all",
             )
         return {
             layer: rate
@@ -409,6 +411,8 @@ def for_budget(
             "a budget is a factor of 1 or more", hint="give a speedup, a factor of parameters, or both"
         )
     before = counts.true(coupling, {})
+    if not (before.flops if speedup is not None else before.params):
+        raise sizeless(coupling)
 
     def reached(rate: float) -> float:
         rates, _ = group_rates(coupling, dict.fromkeys(layers, rate), coupled=coupled)
@@ -418,6 +422,17 @@ def for_budget(
         return min(ratios[what] / target for what, target in wanted.items())
 
     return lowest_rate(reached)
+
+
+def sizeless(coupling: Coupling) -> UsageError:
+    """Why no filter can be counted: the first layer whose shape is missing."""
+    net, cause = coupling.model.net, next(iter(coupling.shaped.unknown.values()), None)
+    if cause is None:
+        return UsageError("the net has no filters that could be pruned", path=net.path)
+    return UsageError(
+        f'no size of a layer is known: layer "{cause.layer}": {cause.message}', path=net.path, line=cause.line,
+        hint="give every input's shape with --input-shape",
+    )  # fmt: skip
 
 
 def lowest_rate(reached: Callable[[float], float], steps: int = 20) -> float:

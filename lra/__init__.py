@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Report", "apply", "make_plan"]
 
 _HOMES = {"Plan": "plan", "Report": "applier", "apply": "applier", "make_plan": "planner"}
+_MODULES = (
+    "clipping",
+    "decomposition",
+    "force",
+    "linalg",
+    "nonlinear",
+    "ranks",
+    "schemes",
+    "sparsify",
+    "stats",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +34,6 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    if name in ("decomposition", "linalg", "nonlinear", "ranks", "schemes", "stats"):
+    if name in _MODULES:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

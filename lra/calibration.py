@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from caffe_proto.shape_inference import infer
 from .responses import Walker
 from .stage import Stage
 from .targets import Found
+
+HELD_OUT = 0.1  # of the images, the last ones: they choose among iterates and give the error
 
 _BATCH = 32
 _SAMPLES = 20_000  # wanted of a layer, where --positions does not say otherwise
@@ -72,6 +75,11 @@ class Calibration:
         """
         if isinstance(images, cls):
             return images
+        if isinstance(images, str | Path):
+            raise UsageError(
+                f'"{images}" is a name, images are arrays here',
+                hint="read them first: caffe_proto.data.open_source",
+            )
         if not isinstance(images, Mapping):
             inputs = [graph.blob(value) for value in graph.sources]
             if len(inputs) != 1:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 import caffe_proto
 from caffe_proto import console, peers
 from caffe_proto.cli import COMMANDS as CAFFE_COMMANDS
 from caffe_proto.completion import complete_files, completion
 from caffe_proto.console import (
+    choice_option,
     input_shape_option,
     json_option,
     net_argument,
@@ -25,7 +25,9 @@ from caffe_proto.errors import UsageError
 from hrank.cli import prune
 
 from . import outputs
-from .cli_decompose import STYLE_NAMES, calibration_options, decompose, read_calibration
+from .cli_decompose import decompose
+from .cli_images import calibration_options, read_images
+from .cli_options import SCHEME_NAMES, STYLE_NAMES
 from .cli_report import report
 from .cli_train import train
 from .cli_welcome import WELCOME, Sections
@@ -68,11 +70,9 @@ def cli(context: click.Context) -> None:
     metavar="PREFIX",
     help="Writes PREFIX.prototxt and PREFIX.plan.json; with WEIGHTS also PREFIX.caffemodel.",
 )
-@click.option(
+@choice_option(
     "--scheme",
-    type=click.Choice(["pca", "svd", "kmeans", "spatial", "spatial-hv", "response", "asymmetric-3d"]),
-    default="pca",
-    show_default=True,
+    choices=SCHEME_NAMES,
     help='What a bare rank {"conv1": 8} in PLAN means.',
 )
 @click.option(
@@ -121,7 +121,8 @@ def apply(
     given = fitting | {"input_shapes": input_shapes}
     stage = Stage()
     try:
-        images = read_calibration(model, given, stage) if fitting["images"] is not None else None
+        wanted = fitting["images"] is not None
+        images = read_images(model, given, stage).calibration if wanted else None
         total = 0 if images is None else images.count * (1 + len(plan.layers))
         with console.progress("fitting", total, "images") as step:
             changed, report = carry(
@@ -132,16 +133,16 @@ def apply(
         stage.close()
     names = outputs.names(prefix, weights=weights is not None, onnx=False)
     outputs.write(names, changed, plan, [net, weights], plan_file, input_shapes)
+    said = outputs.Said(report, names)
     if as_json:
-        console.echo_json(outputs.document(report, names, {}, []))
+        console.echo_json(outputs.document(said))
     else:
-        outputs.show(report, names, {}, [])
+        outputs.show(said)
 
 
 def _engine(plan: Plan, threads: int) -> Engine | None:
     """How the new net shall run, of a plan by measured time; None where --threads does not say it."""
-    source = click.get_current_context().get_parameter_source("threads")
-    if plan.predicted is None or source is not ParameterSource.COMMANDLINE:
+    if plan.predicted is None or "threads" not in console.said():
         return None
     from caffe_proto.runtime import Engine  # brings onnxruntime
 
@@ -152,14 +153,9 @@ def _carry_pruning(given: dict[str, Any]) -> None:
     """What apply does with a plan that prunes; the options of decompositions do not go with it."""
     from hrank.cli_apply import carry
 
-    context = click.get_current_context()
-    said = {
-        str(option.name)
-        for option in context.command.params
-        if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
-    }
+    said = console.said()
     console.refuse(said & {"scheme", "style"}, "does not go with a plan that prunes", {})
-    carry(given, frozenset(said))
+    carry(given, said)
 
 
 @cli.command()

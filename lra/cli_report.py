@@ -74,12 +74,15 @@ def write_page(
     metavar="NET[,WEIGHTS]",
     help="A net to set beside the new one, as a published decomposition of NET; repeatable.",
 )
+@click.option(
+    "--force", is_flag=True, help="Also where the plan was made for other files than NET and WEIGHTS."
+)
 @input_shape_option
 @state_options
 @json_option
 def report(
     prefix: str, net: str | None, weights: str | None, output: str, times: str | None, accuracy: str | None,
-    against: Sequence[str], input_shapes: Any, phase: str, stages: Sequence[str], level: int, as_json: bool,
+    against: Sequence[str], force: bool, input_shapes: Any, phase: str, stages: Sequence[str], level: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a page about what decompose or prune made of NET: one HTML file that needs no network.
 
@@ -112,6 +115,7 @@ def report(
         read_accuracy(accuracy) if accuracy is not None else (),
         command=console.command_line(),
         input_shapes=input_shapes,
+        force=force,
     )
     inputs = [
         plan,

@@ -90,7 +90,7 @@ OPTIONS = (
 
 def _hooks(solver: Solver, **asked: Any) -> Sequence[object]:
     """The hooks that solver file and options ask for."""
-    from .train_setup import Place, Wish, hooks
+    from .train_setup import Place, Watch, Wish, hooks
 
     remove = asked.pop("remove")
     wish = _wish(asked)
@@ -102,6 +102,9 @@ def _hooks(solver: Solver, **asked: Any) -> Sequence[object]:
     given = click.get_current_context().params
     place = Place.of(solver, given["data"], given["root"], given["state"] is not None)
     made = hooks(place, wish)
+    for hook in made:
+        if isinstance(hook, Watch) and not given["as_json"]:
+            hook.watch.tell = click.echo
     if sparse:
         from .train_report import Ending
 
@@ -136,9 +139,11 @@ def _force(given: str) -> tuple[str, float | None]:
 
 
 def _sparsity(given: str) -> tuple[str, float]:
-    what, _, strength = given.partition("=")
+    what, equals, strength = given.partition("=")
     if what not in STRUCTURES:
         raise UsageError(f'--sparsify: there is no "{what}"', hint=nearest(what, list(STRUCTURES)))
+    if not equals:
+        raise UsageError(f'--sparsify "{given}" names no strength', hint="write WHAT=STRENGTH")
     return STRUCTURES[what], _number(strength, f"--sparsify {given}")
 
 

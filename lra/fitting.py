@@ -18,7 +18,7 @@ from caffe_proto.errors import UsageError
 from caffe_proto.graph import Graph, Node
 
 from . import jobs, nonlinear
-from .calibration import Calibration
+from .calibration import HELD_OUT, Calibration
 from .following import Following
 from .linalg import RIDGE, AffineMap
 from .plan import Plan
@@ -28,7 +28,6 @@ from .targets import Found, Spectra, Target
 
 Array = np.ndarray
 
-HELD_OUT = 0.1  # of the samples, the last images: they choose the iterate and give the error
 FEW = (1e-4, 1e-2, 1.0)  # ridges tried too where samples are few:
 FEW_FOR = 2  # fewer than so many an unknown
 SOLVERS = ("asymmetric", "symmetric", "linear")

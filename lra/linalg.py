@@ -97,48 +97,11 @@ class AffineMap(NamedTuple):
     b: Array
 
 
-class ResponsePca(NamedTuple):
-    """Mean (d,) of responses, eigenvalues (d,) of their covariance, descending, eigenvectors (d, d), columns."""
-
-    mean: Array
-    values: Array
-    vectors: Array
-
-    def truncate(self, rank: int) -> AffineMap:
-        """``y ~ U U^T (y - ybar) + ybar``, U the first `rank` eigenvectors: P = Q = U.
-
-        The mean squared error is the sum of the dropped eigenvalues.
-
-        Raises:
-            ValueError: the rank is not in 1..d.
-
-        Reference: Zhang et al. 2015, arXiv:1505.06798, equation 4.
-        """
-        _check_inner(rank, len(self.values))
-        basis = self.vectors[:, :rank]
-        return AffineMap(basis, basis, self.mean - basis @ (basis.T @ self.mean))
-
-
 class Whitening(NamedTuple):
     """Lower triangular L (m, m) with ``L L^T = C + alpha I``, and the alpha that it took."""
 
     factor: Array
     alpha: float
-
-
-def response_pca(covariance: NDArray[Any], mean: NDArray[Any]) -> ResponsePca:
-    """Principal components of responses, from their moments; what is negative by rounding is 0.
-
-    Args:
-        covariance: (d, d).
-        mean: (d,).
-
-    Raises:
-        ValueError: an entry is not finite.
-    """
-    work = _finite(covariance)
-    values, vectors = scipy.linalg.eigh((work + work.T) / 2, driver="evd", check_finite=False)
-    return ResponsePca(_finite(mean), np.maximum(values[::-1], 0.0), _fix_signs(vectors[:, ::-1]))
 
 
 def reduced_rank_regression(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -26,6 +27,17 @@ class PlanText(Protocol):
     def to_json(self) -> str:
         """The file's text."""
         ...
+
+
+@dataclass(frozen=True)
+class Said:
+    """All that one command has to say; ``apart``: by output how far the two nets are apart."""
+
+    report: Report
+    files: Mapping[str, str]
+    apart: Mapping[str, float] = field(default_factory=dict)
+    times: Sequence[Timing] = ()
+    gains: Sequence[Gain] = ()
 
 
 def names(prefix: str, *, weights: bool, onnx: bool) -> dict[str, str]:
@@ -103,14 +115,9 @@ def gains(subjects: list[Subject], threads: int) -> list[Gain]:
     return latency.gains(before, after, *latency.profiles(subjects, Engine(threads)))
 
 
-def document(
-    report: Report,
-    files: dict[str, str],
-    apart: dict[str, float],
-    times: list[Timing],
-    gains: Sequence[Gain] = (),
-) -> dict[str, Any]:
+def document(said: Said) -> dict[str, Any]:
     """The report as one JSON document."""
+    report, times = said.report, said.times
     speedup: dict[str, Any] = {"macs": _ratio(report.macs), "conv_macs": _ratio(report.conv_macs)}
     if report.predicted is not None:
         speedup["latency_predicted"] = _ratio(report.predicted.ms)
@@ -136,7 +143,12 @@ def document(
         "conv_macs": list(report.conv_macs),
         "params": list(report.params),
     }
-    made |= {"layers": layers, "kept": report.kept, "files": files, "warnings": list(report.warnings)}
+    made |= {
+        "layers": layers,
+        "kept": report.kept,
+        "files": dict(said.files),
+        "warnings": list(report.warnings),
+    }
     if report.merges or report.late_merges:
         made["merged"] = [
             {
@@ -150,25 +162,20 @@ def document(
     if report.polish is not None:
         one = report.polish
         made["polish"] = {"steps": one.steps, "error": [one.before, one.after], "held_out": one.held_out}
-    if apart:
-        made["outputs_apart"] = apart
+    if said.apart:
+        made["outputs_apart"] = dict(said.apart)
     if report.predicted is not None:
         made["predicted"] = report.predicted.to_dict()
     if times:
         made["latency_ms"] = [times[0].median, times[1].median]
-    if gains:
-        made["gains"] = [gain_document(one) for one in gains]
+    if said.gains:
+        made["gains"] = [gain_document(one) for one in said.gains]
     return made
 
 
-def show(
-    report: Report,
-    files: dict[str, str],
-    apart: dict[str, float],
-    times: list[Timing],
-    gains: Sequence[Gain] = (),
-) -> None:
+def show(said: Said) -> None:
     """Print the report: a row a layer, what was kept and why, totals, and what was written."""
+    report, times = said.report, said.times
     timed = report.predicted is not None
     rows = [
         [
@@ -219,7 +226,7 @@ def show(
         click.echo(
             f"polished in {one.steps} steps: output error on {one.held_out} held-out images {one.before:.4f} -> {one.after:.4f}"
         )
-    for name, value in apart.items():
+    for name, value in said.apart.items():
         click.echo(f"output {name}: ||y' - y|| / ||y|| = {value:.4g}")
     if report.predicted is not None:
         click.echo(_time_line("time, predicted", report.predicted.ms))
@@ -232,8 +239,8 @@ def show(
         medians = times[0].median, times[1].median
         share = _ratio(medians) / _ratio(report.macs)
         click.echo(f"{_time_line('time, median', medians)}, {share:.0%} of what the MACs say")
-    if gains:
+    if said.gains:
         click.echo()
-        show_gains(gains)
+        show_gains(said.gains)
         click.echo()
-    click.echo("wrote " + ", ".join(files.values()))
+    click.echo("wrote " + ", ".join(said.files.values()))

@@ -16,11 +16,10 @@ from caffe_proto.graph import build
 from caffe_proto.model import Model
 from caffe_proto.rewrite import apply as rewrite
 
-from .calibration import Calibration
+from .calibration import HELD_OUT, Calibration
 from .matching import Side, match
 
 STEPS = 600
-HELD_OUT = 0.1
 
 _RATE = 0.005
 

@@ -20,9 +20,9 @@ from caffe_proto.rewrite import Narrow
 from caffe_proto.rewrite import apply as rewrite
 from caffe_proto.shape_inference import InputShapes
 
-from .calibration import Calibration
+from .calibration import HELD_OUT, Calibration
 from .decomposition import Step
-from .fitting import HELD_OUT, solve_layer, unfit
+from .fitting import solve_layer, unfit
 from .jobs import job
 from .plan import REFIT, LayerPlan
 from .responses import Samples, Ticks

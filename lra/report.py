@@ -23,6 +23,7 @@ from hrank import applier as pruning
 from hrank.joint import Joint, prunes
 from hrank.plan import Plan as PruningPlan
 
+from .merging import merge
 from .plan import REFIT, LayerPlan, Plan
 from .report_given import Given, Times
 from .schemes import ALL_SCHEMES
@@ -242,9 +243,11 @@ def make(
             plan.check(before, sibling=True, force=given.force)
     if plans.prune is not None and plans.decompose is not None:
         middle, _ = pruning.apply(plans.prune, before, sibling=True, force=given.force, input_shapes=shapes)
+    if plans.decompose is not None and plans.decompose.merges is not None:
+        middle = merge(middle, shapes, plans.decompose.merges).model
     found = find(middle, shapes)
     layers = tuple(_layers(plans, before, middle, after, found, given))
-    original = find(before, shapes) if middle is not before else found
+    original = found if middle is before or plans.prune is None else find(before, shapes)
     return Report(
         title,
         layers,
@@ -298,14 +301,29 @@ def _rows(
         yield from ((row, row.summary() if row.status != "same" else "") for row in second)
         return
     following: dict[tuple[Value, ...], Difference] = {_key(row.a[0]): row for row in second if row.a}
+    added = _added(second)
     for first in diff(before, middle, shapes).rows:
-        then = following.get(_key(first.b[0])) if first.b else None
+        place = _key(first.b[0]) if first.b else ()
+        then = following.get(place)
         steps = [row for row in (first, then) if row is not None and row.status != "same"]
         status = steps[-1].status if steps else "same"
         weights = then.weights if then is not None else None
         row = Difference(status, first.a, then.b if then is not None else (), weights=weights)
         yield row, ", then ".join(filter(None, (step.summary() for step in steps)))
-    yield from ((row, row.summary()) for row in second if not row.a)
+        yield from ((one, one.summary()) for one in added.pop(place, ()))
+    yield from ((one, one.summary()) for rest in added.values() for one in rest)
+
+
+def _added(rows: Sequence[Difference]) -> dict[tuple[Value, ...], list[Difference]]:
+    """The rows of layers that only the second net has, by the key of the first net's layer in front of them."""
+    found: dict[tuple[Value, ...], list[Difference]] = {}
+    place: tuple[Value, ...] = ()
+    for row in rows:
+        if row.a:
+            place = _key(row.a[0])
+        else:
+            found.setdefault(place, []).append(row)
+    return found
 
 
 def _key(part: Part) -> tuple[Value, ...]:
@@ -404,6 +422,11 @@ def _notes(plans: Plans, before: Model, layers: Sequence[Layer]) -> Iterator[str
         )
     if plans.prune is not None and plans.decompose is not None:
         yield "Ranks, errors, curves and weight differences of decomposed layers refer to the pruned net."
+    for row in (plans.decompose.merges if plans.decompose is not None else None) or ():
+        yield (
+            f"{' + '.join(row)} became one layer before ranks were chosen: its rank, error, curve and weight difference"
+            " are those of the merged layer."
+        )
     repairs = plans.prune.target.get("repair") if plans.prune is not None else None
     if repairs and plans.decompose is not None:
         yield (

@@ -1,6 +1,6 @@
-"""Statistics of data too large to hold: moments that merge, and responses at sampled positions.
+"""Statistics of data too large to hold: moments that merge, and the positions at which responses are sampled.
 
-Both save their state as named arrays: ``np.savez(file, **moments.state())`` and
+Moments save their state as named arrays: ``np.savez(file, **moments.state())`` and
 ``Moments.from_state(np.load(file))`` resume a pass over images.
 """
 
@@ -97,70 +97,6 @@ class Moments:
         made.count = int(state["count"])
         made.mean, made.other_mean = np.array(state["mean"]), np.array(state["other_mean"])
         made._second, made._cross = np.array(state["second"]), np.array(state["cross"])
-        return made
-
-
-class SampledResponses:
-    """Responses of a layer at fixed positions of fixed images, images in order.
-
-    Memory: n_images * per_image * channels numbers, float32 by default, all of it from the start.
-
-    Args:
-        positions: (n_images, per_image) from `sample_positions`.
-        hw: size of the maps.
-        channels: of the maps.
-        dtype: of what is kept.
-    """
-
-    def __init__(
-        self,
-        positions: NDArray[np.intp],
-        hw: tuple[int, int],
-        channels: int,
-        dtype: type[np.floating[Any]] = np.float32,
-    ) -> None:
-        self.positions, self.hw = positions, hw
-        self.images_done = 0
-        self._values: NDArray[Any] = np.zeros((*positions.shape, channels), dtype)
-
-    @property
-    def values(self) -> NDArray[Any]:
-        """Responses so far, (images done * per_image, channels), a view; those of an image lie together."""
-        return self._values[: self.images_done].reshape(-1, self._values.shape[2])
-
-    def add(self, maps: NDArray[Any]) -> None:
-        """Take the samples of the next images from their maps (n, channels, h, w).
-
-        Raises:
-            ValueError: maps of another size, or more images than there are positions for.
-        """
-        n = len(maps)
-        if maps.shape[1:] != (self._values.shape[2], *self.hw):
-            raise ValueError(f"maps of shape {maps.shape}: expected (n, {self._values.shape[2]}, {self.hw})")
-        if self.images_done + n > len(self.positions):
-            raise ValueError(f"{self.images_done + n} images, positions for {len(self.positions)}")
-        chosen = slice(self.images_done, self.images_done + n)
-        flat = maps.reshape(n, maps.shape[1], -1)  # (n, c, y·x)
-        taken = np.take_along_axis(flat, self.positions[chosen][:, np.newaxis], axis=2)  # (n, c, p)
-        self._values[chosen] = taken.transpose(0, 2, 1)
-        self.images_done += n
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Everything held, by name."""
-        return {
-            "positions": self.positions,
-            "hw": np.array(self.hw),
-            "images_done": np.array(self.images_done),
-            "values": self._values,
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, NDArray[Any]]) -> SampledResponses:
-        """As it was when `state` was taken."""
-        height, width = (int(n) for n in state["hw"])
-        values = np.array(state["values"])
-        made = cls(np.array(state["positions"]), (height, width), values.shape[2], values.dtype.type)
-        made.images_done, made._values = int(state["images_done"]), values
         return made
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,7 @@ class RankWatch:
     tensorboard: a folder for TensorBoard's events, where that is wanted; needs the package tensorboard.
     plot: an image file, by matplotlib, where that is wanted.
     resume: keep the rows that the log holds of iterations before the first one seen.
+    tell: takes a line at every test, and one in the end about the files.
     """
 
     layouts: Mapping[Key, Layout]
@@ -246,6 +247,7 @@ class RankWatch:
     tensorboard: Path | None = None
     plot: Path | None = None
     resume: bool = False
+    tell: Callable[[str], None] = lambda _line: None
     _rows: dict[int, list[int]] = field(default_factory=dict, init=False)
     _events: Any = field(default=None, init=False)
 
@@ -280,6 +282,9 @@ class RankWatch:
             written = csv.writer(file)
             written.writerow(["iteration", *self._header])
             written.writerows([at, *row] for at, row in self._rows.items())
+        row = self._rows[iteration]
+        each = ", ".join(f"{name} {rank}" for name, rank in zip(self._header, row, strict=True))
+        self.tell(f"Iteration {iteration}, ranks at energy {self.energy:g}: {each}; sum {sum(row)}")
         if self.tensorboard is not None:
             self._log_events(iteration)
 
@@ -292,11 +297,15 @@ class RankWatch:
             self._events.add_scalar(f"rank/{name}", rank, iteration)
 
     def finish(self) -> None:
-        """Close TensorBoard's file and draw the plot."""
+        """Close TensorBoard's file, draw the plot, and tell where things are."""
         if self._events is not None:
             self._events.close()
-        if self.plot is not None and self._rows:
+        if not self._rows:
+            return
+        if self.plot is not None:
             self._draw(self.plot)
+        files = [str(one) for one in (self.log, self.plot, self.tensorboard) if one is not None]
+        self.tell("ranks: " + ", ".join(files))
 
     def _draw(self, path: Path) -> None:
         from matplotlib.figure import Figure  # type: ignore[import-not-found]

@@ -22,7 +22,7 @@ from caffe_proto.solver import Solver
 
 from .sparsify import Sparsity, measure
 from .train_layers import Key, layouts
-from .train_setup import Place, pairs_of
+from .train_setup import Last, Place, pairs_of
 
 
 def report(place: Place, params: Mapping[Key, Any]) -> dict[str, Sparsity]:
@@ -113,7 +113,7 @@ def _pairs(rows: Mapping[str, Sparsity]) -> list[tuple[int, int]]:
 
 
 @dataclass
-class Ending:
+class Ending(Last):
     """The hook that reports when training ends; ``remove``: and writes the smaller net; ``quiet``: only files."""
 
     place: Place
@@ -126,16 +126,6 @@ class Ending:
                 "--remove reads the last snapshot, and snapshot_after_train is false",
                 path=self.place.solver.path,
             )
-        self._params: Mapping[Key, Any] = {}
-        self._done: int | None = None
-
-    def start(self, params: Mapping[Key, Any]) -> None:
-        """Remember the blobs."""
-        self._params = params
-
-    def after_update(self, iteration: int, params: Mapping[Key, Any], rate: float) -> None:
-        """Count."""
-        self._done = iteration + 1
 
     def finish(self) -> None:
         """Measure, tell and write; nothing where no iteration was left to do."""

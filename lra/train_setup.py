@@ -224,13 +224,12 @@ def _watch(place: Place, filters: Mapping[Key, Layout], energy: float) -> Watch:
     )
 
 
-class Watch:
-    """A rank watch that also takes the ranks that training ends with, where no test falls there."""
+@dataclass(eq=False)
+class Last:
+    """Remembers, for a hook that acts when training ends, the blobs and how many iterations are done, if any."""
 
-    def __init__(self, watch: Any) -> None:
-        self.watch = watch
-        self._params: Mapping[Key, Any] = {}
-        self._done: int | None = None
+    _params: Mapping[Key, Any] = field(init=False, repr=False, default_factory=dict)
+    _done: int | None = field(init=False, repr=False, default=None)
 
     def start(self, params: Mapping[Key, Any]) -> None:
         """Remember the blobs."""
@@ -239,6 +238,13 @@ class Watch:
     def after_update(self, iteration: int, params: Mapping[Key, Any], rate: float) -> None:
         """Count."""
         self._done = iteration + 1
+
+
+@dataclass(eq=False)
+class Watch(Last):
+    """A rank watch that also takes the ranks that training ends with, where no test falls there."""
+
+    watch: Any
 
     def at_test(self, iteration: int, params: Mapping[Key, Any]) -> None:
         """Take the ranks."""

@@ -21,7 +21,7 @@ import nets
 import numpy as np
 import pytest
 
-from caffe_proto import model, tables
+from caffe_proto import console, model, tables
 from caffe_proto.errors import UsageError, alike, nearest
 from lra.cli import cli, main
 from lra.cli_welcome import SECTIONS
@@ -90,6 +90,19 @@ def test_every_option_says_what_it_does_and_every_result_comes_as_json() -> None
         missing = [one.opts[-1] for one in options if not one.help and not one.metavar]
         assert missing == [], name
         assert name in silent or "--json" in {option for one in options for option in one.opts}, name
+
+
+def test_json_holds_no_nan(capsys: Capture) -> None:
+    """RFC 8259 has no NaN and no infinities; all else is as it was."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    odd = [float("nan"), np.float64("inf"), (float("-inf"), 1e308)]
+    console.echo_json({"a": {"b": odd, "c": "NaN"}, "d": True, "e": None, "f": np.float64(0.1), "g": 2**70})
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    wanted = {"b": [None, None, [None, 1e308]], "c": "NaN"}
+    assert found == {"a": wanted, "d": True, "e": None, "f": 0.1, "g": 2**70}
 
 
 # Hints ----------------------------------------------------------------------------------------------------------

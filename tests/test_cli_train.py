@@ -177,9 +177,17 @@ def rank(W: Array, energy: float) -> int:
 
 
 @needs_torch
-def test_ranks_are_logged_at_tests_and_at_the_end(folder: Path) -> None:
+def test_ranks_are_logged_at_tests_and_at_the_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = start(folder)
     after = train("--watch-ranks", "0.8", iterations=5)
+    printed = capsys.readouterr().out.splitlines()
+    found = {name: rank(blobs[0], 0.8) for name, blobs in after.items()}
+    each = ", ".join(f"{name} {count}" for name, count in found.items())
+    assert f"Iteration 5, ranks at energy 0.8: {each}; sum {sum(found.values())}" in printed
+    assert [line.split(",")[0] for line in printed if ", ranks at energy" in line] == [
+        f"Iteration {i}" for i in (0, 2, 4, 5)
+    ]
+    assert any(line.startswith("ranks: s.ranks.csv") for line in printed)
     rows = list(csv.reader((folder / "s.ranks.csv").read_text().splitlines()))
     assert rows[0] == ["iteration", "conv", "low", "high", "ip"]
     assert [row[0] for row in rows[1:]] == ["0", "2", "4", "5"]
@@ -193,12 +201,15 @@ def test_ranks_are_logged_at_tests_and_at_the_end(folder: Path) -> None:
 
 
 @needs_torch
-def test_ranks_are_clipped(folder: Path) -> None:
+def test_ranks_are_clipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "solver.prototxt").write_text(SOLVER.replace("base_lr: 0.05", "base_lr: 0"))
     numbers = np.random.default_rng(2)
     narrow = numbers.standard_normal((5, 2)) @ numbers.standard_normal((2, 54))
     before = start(folder, low=narrow.reshape(5, 6, 3, 3))
     after = train("--clip-ranks", "0.999999", "--clip-every", "3", iterations=4)
+    printed = capsys.readouterr().out.splitlines()
+    assert "Iteration 2, outputs now: low 2" in printed
+    assert any(line.endswith(".npz, the net as it is now to s_iter_4.prototxt") for line in printed)
     assert after["low"][0].shape == (2, 6, 3, 3) and after["high"][0].shape == (7, 2, 1, 1)
     product = [one["high"][0].reshape(7, -1) @ one["low"][0].reshape(-1, 54) for one in (before, after)]
     np.testing.assert_allclose(product[1], product[0], atol=1e-5)
@@ -213,6 +224,8 @@ def test_ranks_are_clipped(folder: Path) -> None:
         "loss",
     ]
     assert "num_output: 2" in written.net.text
+    train("--clip-ranks", "0.999999", "--clip-every", "3", "--json", iterations=4)
+    assert json.loads(capsys.readouterr().out)["files"]["prototxt"] == "s_iter_4.prototxt"
     unclipped = train("--clip-ranks", "0.999999", "--clip-every", "3", iterations=2 + 1, prefix="t")
     assert unclipped["low"][0].shape == (2, 6, 3, 3)
     kept = train(
@@ -340,7 +353,8 @@ def test_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) 
         (("--clip-ranks", "0.9", "--clip-every", "3", "--clip-until", "1"), "never be clipped: every 3 of 2"),
         (("--clip-ranks", "1.5"), "energy 1.5"),
         (("--sparsify", "rows=1"), 'there is no "rows"'),
-        (("--sparsify", "l1"), "is no number"),
+        (("--sparsify", "l1"), "names no strength; write WHAT=STRENGTH"),
+        (("--sparsify", "l1=x"), '"x" is no number'),
         (("--sparsify", "l1=0"), "makes nothing sparse"),
         (("--sparsify", "l1=1", "--sparsify", "l1=2"), "given twice"),
         (("--prune-weights", "1"), "cannot be pruned"),

@@ -101,6 +101,10 @@ def test_list_file(tmp_path: Path) -> None:
         ("pics/a 0.png -1\n", "list.txt:1: is no image path and label"),
         ("pics/a 0.png 1\npics/gone.png 1\n", 'list.txt:2: image "pics/gone.png": no such file'),
         ("pics/bad.png 1\n", 'list.txt:1: image "pics/bad.png": is no image that can be read'),
+        (
+            "pics/note.png 1\n",
+            'list.txt:1: image "pics/note.png": is no image that can be read: of no known format',
+        ),
         ("", "list.txt: is empty"),
     ],
 )
@@ -108,6 +112,7 @@ def test_list_files_are_refused_by_line(tmp_path: Path, text: str, says: str) ->
     path = image_files.listed(tmp_path, IMAGES)
     whole = (tmp_path / "pics" / "a 0.png").read_bytes()
     (tmp_path / "pics" / "bad.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "pics" / "note.png").write_text("not a picture")
     path.write_text(text)
     refused(path, says)
 

@@ -204,6 +204,8 @@ def test_calibration_takes_arrays_by_blob() -> None:
     built = graph.build(residual().net)
     x = images(4)
     assert Calibration.of(built, {"data": x}).record() == Calibration.of(built, x).record()
+    with pytest.raises(UsageError, match='"photos" is a name, images are arrays here'):
+        Calibration.of(built, "photos")
 
 
 def test_the_response_scheme_is_exact_at_full_rank() -> None:

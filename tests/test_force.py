@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -400,3 +402,9 @@ def test_the_hook_leaves_frozen_and_finished_alone() -> None:
     hook.before_update(1, weights, gradients)
     added = gradients["a", 0] - 1
     assert float(added.norm()) == pytest.approx(np.sqrt(12), rel=1e-5)
+
+
+def test_it_is_found_below_the_package_alone() -> None:
+    code = "import lra; print(lra.force.update.__name__, lra.linalg.__name__, lra.nonlinear.__name__, lra.ranks.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["update", "lra.linalg", "lra.nonlinear", "lra.ranks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nets
 import numpy as np
@@ -210,7 +211,9 @@ def test_random_is_the_seeds(model: Model) -> None:
 def test_layers_that_cannot_be_judged(model: Model) -> None:
     plan = hrank.make_plan(model, rates={"a": 0.4, "c": 0.5}, criterion="gamma")
     assert kept(plan) == {"a": 6}
-    assert plan.kept == {"c": 'criterion "gamma" needs gamma, which is not known'}
+    assert plan.kept == {
+        "c": 'criterion "gamma" needs gamma, the factors of a BatchNorm behind the layer, which is not known'
+    }
     with pytest.raises(UsageError, match=r'layer "c": its filters cannot be judged.*leave it out'):
         hrank.make_plan(model, speedup=1.2, criterion="gamma")
     with pytest.raises(UsageError, match="cannot be judged"):
@@ -357,3 +360,35 @@ def test_readers_lose_what_goes(model: Model, coupling: Coupling) -> None:
     assert model.weights is not None and pruned.weights is not None
     kept_columns = np.array(model.weights["b"][0])[:, list(plan.layers["a"].keep)]
     assert np.array_equal(pruned.weights["b"][0], kept_columns)
+
+
+def test_images_may_be_named(model: Model, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=images(), y=np.zeros(12, int))
+    named = hrank.make_plan(
+        model, images=tmp_path / "x.npz", rates={"a": 0.5, "c": 0.5}, criterion="activation", threads=1
+    )
+    given = hrank.make_plan(
+        model, images=images(), rates={"a": 0.5, "c": 0.5}, criterion="activation", threads=1
+    )
+    assert named.keep == given.keep and set(named.keep) == {"a", "c"}
+    with pytest.raises(Error, match="gone: no such file"):
+        hrank.make_plan(model, images="gone", rates={"a": 0.5}, criterion="rank")
+
+
+def of_data(model: Model) -> Model:
+    """The same net behind a Data layer, which does not say how large the images are."""
+    layer = 'layer { name: "in" type: "Data" top: "data" top: "label" data_param { source: "gone" batch_size: 4 } }'
+    return Model(net.parse(RESIDUAL.replace(nets.inputs(data=(1, 3, 8, 8)), layer)), model.weights)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "next-l1", "geometric-median"])
+def test_a_net_of_data_is_judged_by_the_shapes_given(model: Model, criterion: str) -> None:
+    shapes = {"data": (1, 3, 8, 8)}
+    plan = hrank.make_plan(of_data(model), speedup=1.2, criterion=criterion, input_shapes=shapes)
+    assert plan.keep == hrank.make_plan(model, speedup=1.2, criterion=criterion).keep
+
+
+@pytest.mark.parametrize("amount", [{"speedup": 1.2}, {"params": 1.2}, {"rates": "[0.5]*4"}])
+def test_a_net_of_data_without_shapes_says_what_is_missing(model: Model, amount: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r'no size of a layer is known: layer "in": .*with --input-shape'):
+        hrank.make_plan(of_data(model), criterion="l1", **amount)

@@ -52,10 +52,11 @@ ORDER = (
     lra.removal
     hrank.planner hrank.masking hrank.repair hrank.compare hrank.repairing hrank.tuning
     hrank
-    caffe_proto.tables caffe_proto.console caffe_proto.completion caffe_proto.array_files caffe_proto.cli_train caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli_time caffe_proto.cli
+    caffe_proto.tables caffe_proto.console caffe_proto.completion caffe_proto.array_files caffe_proto.cli_train caffe_proto.cli_images caffe_proto.cli_data caffe_proto.cli_nets caffe_proto.cli_time caffe_proto.cli
     lra.demo lra.outputs hrank.outputs hrank.joint
     lra.report_given lra.report lra.report_plots lra.report_diagram lra.report_html lra.cli_report
-    lra.cli_decompose hrank.cli_options hrank.cli_checks hrank.cli_listing hrank.cli_writing hrank.cli_tuning hrank.cli_apply hrank.cli lra.train_report lra.cli_train lra.cli_welcome lra.cli lra.__main__
+    lra.cli_changing lra.cli_images lra.cli_options lra.cli_checks lra.cli_planning lra.cli_compare lra.cli_writing lra.cli_decompose
+    hrank.cli_options hrank.cli_checks hrank.cli_listing hrank.cli_writing hrank.cli_tuning hrank.cli_apply hrank.cli lra.train_report lra.cli_train lra.cli_welcome lra.cli lra.__main__
     """
 ).split()
 
@@ -148,7 +149,15 @@ def test_numerics_know_no_caffe() -> None:
         name
         for name in known
         if name.startswith("lra.schemes")
-        or name in ("lra.linalg", "lra.stats", "lra.nonlinear", "lra.decomposition", "lra.ranks", "lra.merging_algebra")
+        or name
+        in (
+            "lra.linalg",
+            "lra.stats",
+            "lra.nonlinear",
+            "lra.decomposition",
+            "lra.ranks",
+            "lra.merging_algebra",
+        )
     ]
     for name in numerics:
         assert not any(one.startswith("caffe_proto") for one in imported(name, known[name], known)), name

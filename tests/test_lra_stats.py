@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lra.stats import Moments, SampledResponses, sample_positions
+from lra.stats import Moments, sample_positions
 
 Array = NDArray[Any]
 
@@ -129,24 +129,3 @@ def test_positions_are_uniform_and_differ_between_images() -> None:
     assert len({tuple(row) for row in drawn.tolist()}) > 900  # of 1,140 triples
     with pytest.raises(ValueError, match="positive"):
         sample_positions(np.random.default_rng(0), 1, (4, 5), 0)
-
-
-def test_sampled_responses_are_those_at_the_positions(tmp_path: Path) -> None:
-    rng = np.random.default_rng(2)
-    maps = rng.standard_normal((5, 3, 4, 6)).astype(np.float32)
-    positions = sample_positions(rng, 5, (4, 6), 7)
-    store = SampledResponses(positions, (4, 6), 3)
-    store.add(maps[:2])
-    assert store.values.shape == (14, 3)
-    np.savez(tmp_path / "state.npz", **store.state())
-    with np.load(tmp_path / "state.npz") as state:
-        store = SampledResponses.from_state(state)
-    store.add(maps[2:])
-    assert store.values.dtype == np.float32
-    for row, (image, place) in zip(store.values, itertools.product(range(5), range(7)), strict=True):
-        y, x = divmod(int(positions[image, place]), 6)
-        np.testing.assert_array_equal(row, maps[image, :, y, x])
-    with pytest.raises(ValueError, match="6 images, positions for 5"):
-        store.add(maps[:1])
-    with pytest.raises(ValueError, match="expected"):
-        SampledResponses(positions, (4, 6), 3).add(maps[:, :, :3])

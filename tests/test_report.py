@@ -18,6 +18,7 @@ import click
 import nets
 import numpy as np
 import pytest
+from test_merging import NET as MERGING
 
 pytest.importorskip("matplotlib", reason="needs the extra report")
 
@@ -309,6 +310,43 @@ def test_a_curve_by_hand() -> None:
     (layer,) = [one for one in found.layers if one.changed]
     assert (layer.error, layer.apart) == (pytest.approx(0.6, abs=1e-6), pytest.approx(0.6, abs=1e-6))
     assert (layer.splits[0].rank, layer.splits[0].full, layer.splits[0].ratio) == (1, 2, 0.5)
+
+
+def test_curves_of_merged_layers_are_of_the_merged_weights() -> None:
+    """diag(2, 6) through 8 channels, then diag(2, 1/2): diag(4, 3), energies 16 and 9; alone 4 and 1/4."""
+    source = nets.inputs(data=(1, 2, 4, 4)) + "".join(
+        f'layer {{ name: "{name}" type: "Convolution" bottom: "{bottom}" top: "{name}" '
+        f"convolution_param {{ num_output: {count} kernel_size: 1 bias_term: false }} }}\n"
+        for name, bottom, count in (("a", "data", 8), ("b", "a", 2), ("c", "b", 2))
+    )
+    first, second = np.zeros((8, 2), np.float32), np.zeros((2, 8), np.float32)
+    first[:2], second[:, :2] = np.diag((2, 6)), np.diag((2, 0.5))
+    weights = {"a": first, "b": second, "c": np.eye(2, dtype=np.float32)}
+    entries = [NewEntry(name, (array[:, :, None, None],)) for name, array in weights.items()]
+    model = Model(net.parse(source), Weights(entries))
+    plan = lra.Plan({"b": _entry("svd", 1)}, target={"merge": [["a", "b"]], "merge_late": []})
+    found = _report(plan.to_json(), model, lra.apply(plan, model)[0])
+    (curve,) = found.curves
+    np.testing.assert_allclose(curve.energy, [0.64, 1], rtol=1e-6)
+    np.testing.assert_allclose(curve.values, [1, 0.75], rtol=1e-6)
+    layers = {one.name: one for one in found.layers}
+    assert list(layers) == ["data", "a", "b", "c"]
+    assert layers["b"].apart == pytest.approx(0.6, abs=1e-6)
+    assert layers["a"].treatment == "removed"
+    assert any(note.startswith("a + b became one layer") for note in found.notes)
+    assert found.totals("macs") == (16 * (16 + 16 + 4), 16 * (4 + 4))
+
+
+def test_layers_that_are_new_stand_where_they_belong() -> None:
+    """What is left of a layer of which the next one took a part, in a net whose layers were merged first."""
+    model = nets.model(MERGING)
+    plan = lra.make_plan(model, merge=True, scheme="pca", ranks=[8, 6, 6])
+    made, said = lra.apply(plan, model)
+    assert [one.layers for one in said.late_merges] == [("next_linear", "last_lowrank")]
+    found = _report(plan.to_json(), model, made)
+    names = ["data", "wide", "conv", "relu", "next", "next_lowrank", "last", "ip"]
+    assert [layer.name for layer in found.layers] == names
+    assert found.totals("macs") == said.macs and found.totals("params") == said.params
 
 
 def test_norms_of_pruned_filters_by_hand() -> None:
@@ -619,6 +657,7 @@ def test_refusals(files: tuple[str, str], capsys: Capture) -> None:
     nets.files(Path(), seed=1, stem="other")
     said = refused(capsys, "x", "net.prototxt", "other.caffemodel", *out)
     assert "the plan was made for another weights file" in said
+    assert "--force" in said and run("x", "net.prototxt", "other.caffemodel", *out, "--force") == 0
 
 
 def test_a_prefix_may_be_the_plan(files: tuple[str, str]) -> None:

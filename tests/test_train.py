@@ -21,7 +21,7 @@ from helpers import SHARED
 torch = pytest.importorskip("torch", reason="training needs torch")
 
 from caffe_proto import console, graph, net, solver, weights  # noqa: E402
-from caffe_proto.cli_train import COMMANDS  # noqa: E402
+from caffe_proto.cli_train import COMMANDS, Printer  # noqa: E402
 from caffe_proto.errors import Error, FileError, UsageError, WeightsError  # noqa: E402
 from caffe_proto.net import NetState  # noqa: E402
 from caffe_proto.train import Display, Event, Request, Result, train  # noqa: E402
@@ -405,11 +405,33 @@ def test_divergence_stops_and_keeps_the_last_snapshot(tmp_path: Path) -> None:
         assert all(np.isfinite(blob).all() for name in stored for blob in stored[name])
 
 
+def test_a_snapshot_whose_weights_are_too_large_is_not_called_good(tmp_path: Path) -> None:
+    """Rates jump in iteration 3; the weights behind it are numbers still, what they compute is not."""
+    source = "\n".join(line for line in NET.splitlines() if "BatchNorm" not in line)
+    made = described(tmp_path, "max_iter: 9 snapshot: 2 gamma: 1e26 stepvalue: 3", source)
+    text = (tmp_path / "solver.prototxt").read_text().replace('"fixed"', '"multistep"')
+    (tmp_path / "solver.prototxt").write_text(text)
+    made = solver.load(tmp_path / "solver.prototxt")
+    with pytest.raises(
+        UsageError, match=r"in iteration 4: .*s_iter_2.solverstate.npz is the last good snapshot"
+    ):
+        train(made, Request(data=data(tmp_path)))
+    assert (tmp_path / "s_iter_4.solverstate.npz").exists()
+
+
 def test_asked_to_stop_it_ends_with_a_snapshot(tmp_path: Path) -> None:
     asked: list[int] = []
     result, _ = run(tmp_path, "max_iter: 50", stop=lambda: asked.append(1) or len(asked) > 2)
     assert result.iteration == 3
     assert result.saved is not None and result.saved.iteration == 3
+
+
+def test_what_was_stopped_is_not_called_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = described(tmp_path, "max_iter: 9000")
+    printer = Printer(made, as_json=False)
+    printer.close(train(made, Request(data=data(tmp_path), listen=printer, stop=lambda: True)))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"Stopped: 1 of 9,000 iterations; --snapshot {tmp_path}/s_iter_1.solverstate.npz goes on"
 
 
 def test_snapshots_as_hdf5_go_on_too(tmp_path: Path) -> None:
@@ -547,6 +569,14 @@ def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
         solver.load(tmp_path / "solver.prototxt").until(4), Request(data=args[2], test_data=args[4], seed=5)
     )
     np.testing.assert_array_equal(weights.load(found["files"]["weights"])["ip"][0], wanted.weights["ip"][0])
+
+
+def test_a_training_of_no_iterations_has_no_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    described(tmp_path, "max_iter: 9 test_iter: 1 test_interval: 4")
+    args = (str(tmp_path / "solver.prototxt"), "--data", data(tmp_path), "--test-data", data(tmp_path, 24, 1))
+    assert cli(*args, "--max-iter", "0", "--device", "cpu", "--threads", "1", "--json") == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["loss"] is None and "NaN" not in printed
 
 
 @pytest.mark.parametrize(

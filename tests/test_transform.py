@@ -140,7 +140,7 @@ def test_old_nets_say_it_in_their_data_block() -> None:
         (
             'mean_file: "gone.binaryproto"',
             FileError,
-            'net.prototxt:1: there is no mean file "gone.binaryproto"',
+            'net.prototxt:1: there is no mean file "gone.binaryproto"; put it there, beside the net or where you are',
         ),
     ],
 )

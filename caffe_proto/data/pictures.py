@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import FileError, UsageError
 
@@ -32,6 +32,8 @@ def decode(data: bytes, color: bool | None = True) -> np.ndarray:
                 image.draft("L", None)  # a JPEG's own luma
             upright = image if color is None else ImageOps.exif_transpose(image)
             return _planes(upright, color, image.format)
+    except UnidentifiedImageError:
+        raise FileError("is no image that can be read: of no known format") from None
     except _BROKEN as error:
         raise FileError(f"is no image that can be read: {error}") from error
 
