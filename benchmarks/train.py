@@ -278,21 +278,21 @@ def cifar_start(runs: Runs) -> None:
 
 
 def cifar_more(runs: Runs) -> None:
-    """Filters that repel, a force that is a share of the gradient, one divided by the filters; rank clipping."""
+    """300 iterations each. Filters that repel, a force that is a share of the gradient, one divided by the filters; rank clipping."""
     weights, given = _cifar(runs)
     for name, options in MORE.items():
-        runs.train(f"cifar_{name}", CIFAR, 1000, 1e-3, *weights, *options, "--force-all", drop=700, **given)
+        runs.train(f"cifar_{name}", CIFAR, 300, 1e-3, *weights, *options, "--force-all", drop=200, **given)
     shapes = ("--input-shape", "data=100,3,32,32", "--input-shape", "label=100")
     full = ("--scheme", "pca", "--energy", "1", "--even-if-slower")
     runs.decompose("cifar_full_rank", CIFAR, weights[1], *full, *shapes)
-    clip = ("--clip-ranks", "0.95", "--clip-every", "200")
+    clip = ("--clip-ranks", "0.95", "--clip-every", "100")
     for name, force in (
         ("clip", ()),
         ("clip_l2", ("--force", f"l2={CIFAR_STRENGTHS['l2'][0]:g}", "--force-all")),
     ):
         runs.train(
-            f"cifar_{name}", "cifar_full_rank.prototxt", 1000, 1e-3, "--weights", "cifar_full_rank.caffemodel", *clip,
-            *force, drop=700, **given,
+            f"cifar_{name}", "cifar_full_rank.prototxt", 300, 1e-3, "--weights", "cifar_full_rank.caffemodel", *clip,
+            *force, drop=200, **given,
         )  # fmt: skip
 
 

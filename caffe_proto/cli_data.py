@@ -11,7 +11,7 @@ from . import console
 from .cli_images import image_options, prepared, root_option, size_option, skip_bad_option
 from .console import input_shape_option, json_option, net_argument, seed_option, state_options, threads_option
 from .errors import UsageError
-from .model import net_and_weights
+from .model import fingerprint_document, net_and_weights
 
 if TYPE_CHECKING:
     from .data.batches import Batches
@@ -68,7 +68,7 @@ def eval_(
     if not found.images:
         raise UsageError("none of its images can be read", path=images)
     if as_json:
-        console.echo_json(_eval_json(found, batches, subject, transform))
+        console.echo_json(_eval_json(found, batches, subject, other, transform))
     else:
         _print_eval(found, batches, subject, transform)
 
@@ -123,8 +123,11 @@ def _accuracy_json(accuracy: Accuracy) -> dict[str, Any]:
     return {"top1": _share_json(accuracy.top1), "top5": _share_json(accuracy.top5)} if accuracy.top1.n else {}
 
 
-def _eval_json(found: Evaluation, batches: Batches, subject: Subject, transform: Transform) -> dict[str, Any]:
+def _eval_json(
+    found: Evaluation, batches: Batches, subject: Subject, other: Subject | None, transform: Transform
+) -> dict[str, Any]:
     made: dict[str, Any] = {
+        "sha256": fingerprint_document(subject.model),
         "images": found.images,
         "classes": found.classes,
         "output": subject.output,
@@ -132,8 +135,8 @@ def _eval_json(found: Evaluation, batches: Batches, subject: Subject, transform:
         "skipped": [str(error) for error in batches.skipped],
         **_accuracy_json(found.accuracy),
     }
-    if found.agreement.n:
-        made["reference"] = _accuracy_json(found.reference)
+    if other is not None:
+        made["reference"] = {"sha256": fingerprint_document(other.model), **_accuracy_json(found.reference)}
         made["agreement"] = _share_json(found.agreement)
         made["output_error"] = found.output_error
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 class _Found:
     """What was measured: of each model its time, its gain on the first one, and with a profile its layers.
 
-    ``pairs``: models that are set beside the first one layer by layer.
+    ``pairs``: models that are set beside the first one layer by layer; ``files``: sha256 of each model's files.
     """
 
     timings: Sequence[Timing]
     whole: Sequence[Gain]
     profiles: Sequence[tuple[Subject, Sequence[LayerTime]]]
     pairs: Sequence[tuple[Subject, Sequence[Gain]]]
+    files: Sequence[Mapping[str, str]]
 
 
 @click.command(name="time")
@@ -73,8 +74,8 @@ def time_(
     if program == "torch":
         for name in sorted({"provider", "profile", "dtypes"} & given):
             raise UsageError(f"--{name.removesuffix('s')} does not go with --engine torch")
-        timings, macs, release = _torch_times(models, device, threads, runs, warmup, batch, seed)
-        found = _Found(timings, _whole(timings, macs), [], [])
+        timings, macs, sums, release = _torch_times(models, device, threads, runs, warmup, batch, seed)
+        found = _Found(timings, _whole(timings, macs), [], [], sums)
     else:
         if "device" in given:
             raise UsageError("--device only goes with --engine torch", hint="use --provider")
@@ -95,7 +96,8 @@ def time_(
             if subjects[0].macs and one.macs
         ]
         whole = _whole(timings, [one.total_macs for one in subjects])
-        found = _Found(timings, whole, list(zip(subjects, profiles, strict=False)), pairs)
+        files = [one.fingerprint for one in subjects]
+        found = _Found(timings, whole, list(zip(subjects, profiles, strict=False)), pairs, files)
     if as_json:
         where = {"provider": provider} if program == "onnxruntime" else {"device": device}
         settings = {"threads": threads, **where, "runs": runs, program: release}
@@ -126,8 +128,8 @@ def _whole(timings: Sequence[Timing], macs: Sequence[int]) -> list[Gain]:
 
 def _torch_times(
     models: Sequence[str], device: str, threads: int, runs: int, warmup: int, batch: int | None, seed: int
-) -> tuple[list[Timing], list[int], str]:
-    """Times and MACs by model, and torch's release."""
+) -> tuple[list[Timing], list[int], list[dict[str, str]], str]:
+    """Times, MACs and sha256 of the files by model, and torch's release."""
     if find_spec("torch") is None:
         raise UsageError("torch is not installed", hint="install the extra train: caffe-lra[train]")
     from . import torch_time
@@ -135,7 +137,7 @@ def _torch_times(
     subjects = [torch_time.TorchSubject(item, device, batch=batch, seed=seed) for item in models]
     with console.progress("timing", runs, "runs") as step:
         timings = torch_time.measure(subjects, threads=threads, runs=runs, warmup=warmup, step=step)
-    return timings, [one.macs for one in subjects], torch_time.RELEASE
+    return timings, [one.macs for one in subjects], [one.fingerprint for one in subjects], torch_time.RELEASE
 
 
 def _document(found: _Found) -> list[dict[str, Any]]:
@@ -143,7 +145,8 @@ def _document(found: _Found) -> list[dict[str, Any]]:
         {"model": one.name, "median_ms": one.median, "p90_ms": one.p90, "ratio": gain.measured}
         | ({"macs": gain.macs[1]} if gain.macs[1] else {})
         | _arithmetic_json(gain)
-        for one, gain in zip(found.timings, found.whole, strict=True)
+        | ({"sha256": dict(files)} if files else {})
+        for one, gain, files in zip(found.timings, found.whole, found.files, strict=True)
     ]
     for row, (_, layers) in zip(rows, found.profiles, strict=False):
         row["layers"] = [{"name": one.name, "ops": one.ops, "ms": one.milliseconds} for one in layers]

@@ -97,7 +97,7 @@ def train_command(
                 weights, state, data, test_data, root, chosen, seed, hooks, printer, tick, stop
             )
             result = running.train(described, request)
-        printer.close(result)
+        printer.close(result, hooks)
 
     return train
 
@@ -170,22 +170,27 @@ class Printer:
                 click.echo(f"    Test loss: {event.loss:.6g}")
             _print_outputs("Test", event)
 
-    def close(self, result: Result) -> None:
-        """The last lines; only in the first process, which alone is told what happens."""
+    def close(self, result: Result, hooks: Sequence[object] = ()) -> None:
+        """The last lines; only in the first process, which alone is told what happens.
+
+        The JSON also holds what the ``document`` of each of the ``hooks`` gives.
+        """
         if not self.told:
             return
         speed = result.images / result.seconds if result.seconds else 0.0
         if self.as_json:
             saved = result.saved
-            console.echo_json(
-                {
-                    "iterations": result.iteration,
-                    "loss": result.loss,
-                    "tests": [_test_json(test) for test in result.tests],
-                    "images_per_second": speed,
-                    "files": _files_json(saved) if saved else {},
-                }
-            )
+            made = {
+                "iterations": result.iteration,
+                "loss": result.loss,
+                "tests": [_test_json(test) for test in result.tests],
+                "images_per_second": speed,
+                "files": _files_json(saved) if saved else {},
+            }
+            for hook in hooks:
+                document = getattr(hook, "document", None)
+                made |= document() if document is not None else {}
+            console.echo_json(made)
         elif result.iteration < self.solver.max_iter:
             state = f"; --snapshot {result.saved.state} goes on" if result.saved is not None else ""
             click.echo(f"Stopped: {result.iteration:,} of {self.solver.max_iter:,} iterations{state}")

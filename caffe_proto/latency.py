@@ -17,7 +17,7 @@ from .errors import FileError, UsageError
 from .files import missing, read_bytes
 from .graph import build
 from .kernels import Kernel, NodeNames, medians, read_runs
-from .model import Model, load, net_and_weights
+from .model import Model, fingerprint_document, load, net_and_weights
 from .onnx_export import Request, draw, source_shapes, to_onnx
 from .runtime import Engine, open_onnx
 from .shape_inference import infer
@@ -57,13 +57,15 @@ class LayerTime:
 class Subject:
     """A model to time: its name, its ONNX bytes or file; of a Caffe net also whose layers its nodes are.
 
-    ``macs``: by layer, for the batch that is timed; empty for an ONNX file.
+    ``macs``: by layer, for the batch that is timed; empty for an ONNX file. ``fingerprint``: sha256 of the files of
+    a Caffe net.
     """
 
     name: str
     source: bytes | str
     nodes: NodeNames | None = None
     macs: Mapping[str, int] = field(default_factory=dict)
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total_macs(self) -> int:
@@ -113,7 +115,8 @@ def subject(item: str, *, batch: int | None, seed: int, phase: str = "TEST") -> 
         return Subject(item, item)
     net, weights = net_and_weights(item)
     model = load(net, weights, phase=phase)
-    return of_model(item, model, Request(batch=batch, random_seed=None if weights else seed))
+    made = of_model(item, model, Request(batch=batch, random_seed=None if weights else seed))
+    return replace(made, fingerprint=fingerprint_document(model))
 
 
 def narrowed(one: Subject, dtype: str, seed: int = 0) -> Subject:

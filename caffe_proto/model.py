@@ -54,6 +54,12 @@ def load(
     return Model(load_net(net, state), weights.load(weights_path) if weights_path is not None else None)
 
 
+def fingerprint_document(model: Model) -> dict[str, str]:
+    """The sha256 of a model's files as JSON: ``{"net": ..., "weights": ...}``, without weights where there are none."""
+    named = zip(("net", "weights"), model.fingerprint, strict=True)
+    return {what: digest for what, digest in named if digest}
+
+
 def net_and_weights(item: str) -> tuple[str, str | None]:
     """``NET[,WEIGHTS]`` as two paths: at the first comma behind which NET is a file, as a path may hold commas.
 

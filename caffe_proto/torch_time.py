@@ -14,7 +14,7 @@ from .costs import cost
 from .errors import UsageError
 from .graph import build
 from .latency import Timing, in_turn
-from .model import load, net_and_weights
+from .model import fingerprint_document, load, net_and_weights
 from .onnx_export import Request, source_shapes
 from .shape_inference import infer
 from .torch_net import TorchNet
@@ -25,7 +25,7 @@ RELEASE = torch.__version__
 class TorchSubject:
     """A net to time: ``NET[,WEIGHTS]``, random weights where none are given.
 
-    ``macs``: of a forward pass; ``feeds``: what it is fed.
+    ``macs``: of a forward pass; ``feeds``: what it is fed; ``fingerprint``: sha256 of its files.
 
     Raises UnsupportedError where torch has no such layer, UsageError on a device that torch cannot use.
     """
@@ -43,6 +43,7 @@ class TorchSubject:
         rng = np.random.default_rng(seed)
         self.name, self.device = item, device
         self.macs = cost(shaped).macs
+        self.fingerprint = fingerprint_document(model)
         self._net = TorchNet(model.net, shaped, blobs, device=device)
         self.feeds = {
             name: torch.tensor(rng.uniform(0, 1, shape).astype(np.float32), device=device)

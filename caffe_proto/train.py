@@ -73,6 +73,10 @@ class Hook:
     def finish(self) -> None:
         """Once, at the end, in the first process."""
 
+    def document(self) -> Mapping[str, Any]:
+        """Behind that: what the command's JSON holds of it, as values of JSON."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Display:

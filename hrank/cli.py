@@ -57,6 +57,7 @@ class _Prune:
         from lra.stage import Stage
 
         from .coupling import find
+        from .rates import layout
 
         o = self.o
         check(o)
@@ -66,6 +67,8 @@ class _Prune:
             files.check(o.targets(), o.inputs())
         model = o.load(o.net, o.weights)
         coupling = find(model, o.input_shapes)
+        if "count_c4_slip" in o.said and not layout(coupling, o.rates_as).c4_slip:
+            o.refuse({"count_c4_slip"}, "only goes with the GoogLeNet of CIFAR: HRank counts no other net so")
         if o.dry_run:
             cli_listing.show(o, coupling)
             return

@@ -23,6 +23,8 @@ def check(o: Options) -> None:
         raise UsageError("WEIGHTS is missing", hint="--dry-run alone does without")
     if o.rates is None and not o.dry_run:
         o.refuse({"rates_as"}, "only goes with --rates")
+    if o.rates is None or {o.rates_as, o.count} != {"hrank"}:
+        o.refuse({"count_c4_slip"}, "only goes with --count hrank and --rates as hrank has them")
     if o.plan_file is not None:
         o.refuse(_DECIDES | {"compare", "save_ranks"}, "does not go with --plan, which has decided")
     elif o.rank_file is None:

@@ -44,9 +44,15 @@ def show(o: Options, coupling: Coupling) -> None:
                 "macs": [before.flops, after.flops],
                 "params": [before.params, after.params],
                 **(
-                    {"counted": {"as": o.count, "flops": [one.flops for one in published[1:]]}}
-                    if published
-                    else {}
+                    {}
+                    if published is None
+                    else {
+                        "counted": {
+                            "as": published[0],
+                            "flops": [one.flops for one in published[1:]],
+                            "params": [one.params for one in published[1:]],
+                        }
+                    }
                 ),
             }
         )
@@ -64,9 +70,9 @@ def show(o: Options, coupling: Coupling) -> None:
     outputs.total("MACs, whole net", before.flops, after.flops)
     outputs.total("parameters", before.params, after.params)
     if published is not None:
-        _, old, new = published
-        outputs.total(f"FLOPs as {o.count}", old.flops, new.flops)
-        outputs.total(f"params as {o.count}", old.params, new.params)
+        name, old, new = published
+        outputs.total(f"FLOPs as {name}", old.flops, new.flops)
+        outputs.total(f"params as {name}", old.params, new.params)
 
 
 def counted(o: Options, coupling: Coupling, kept: Mapping[str, int]) -> tuple[str, Count, Count] | None:
@@ -77,12 +83,13 @@ def counted(o: Options, coupling: Coupling, kept: Mapping[str, int]) -> tuple[st
 
     after = kept
     if o.rates is not None and o.rates_as == o.count:  # by the string, as the published counter has it
-        after = rates.layout(coupling, o.rates_as).kept(rates.parse(o.rates), counted=True)
+        after = rates.layout(coupling, o.rates_as).kept(rates.parse(o.rates), counted=o.count_c4_slip)
     if o.count == "hrankplus":
         return o.count, counts.hrankplus(coupling, {}), counts.hrankplus(coupling, after)
     transitions = rates.layout(coupling, "hrank").transitions
     before = counts.hrank(coupling, {}, transitions=transitions)
-    return o.count, before, counts.hrank(coupling, after, transitions=transitions)
+    name = o.count if o.count_c4_slip else f"{o.count}, no c4 slip"
+    return name, before, counts.hrank(coupling, after, transitions=transitions)
 
 
 def _kept_counts(o: Options, coupling: Coupling, sizes: Sizes | None) -> dict[str, int]:

@@ -102,6 +102,13 @@ options = together(
         help="Also count as the published code does.",
     ),
     click.option(
+        "--count-c4-slip/--no-count-c4-slip",
+        default=True,
+        show_default=True,
+        help="With --count hrank and --rates of GoogLeNet: the published counter takes inception 4c by the rate of 4d, "
+        "its masks by that of 4c; no: both by that of 4c.",
+    ),
+    click.option(
         "--repair",
         multiple=True,
         type=click.Choice(["none", *REPAIRS]),
@@ -170,6 +177,7 @@ class Options(Changing):
     mask_only: bool
     dry_run: bool
     count: str
+    count_c4_slip: bool
     repair: Sequence[str]
     compare: bool
     then_decompose: float | None

@@ -69,12 +69,7 @@ class Layout:
         ``counted``: as its FLOPs counter has it, where that differs: HRank counts inception 4c of GoogLeNet by the
         rate of 4d, but masks it by its own.
         """
-        if (
-            counted
-            and self.net == _GOOGLENET
-            and self.grammar == "hrank"
-            and len(rates) == len(self.positions)
-        ):
+        if counted and self.c4_slip and len(rates) == len(self.positions):
             rates = [*rates[:5], rates[6], *rates[6:]]
         found: dict[str, int] = {}
         by_layer = self.by_layer(rates)
@@ -84,6 +79,11 @@ class Layout:
                 channels = self._read(layer, found) if layer in relative else self._channels(layer)
                 found[layer] = keep_count(channels, by_layer[layer], self.grammar)
         return found
+
+    @property
+    def c4_slip(self) -> bool:
+        """Whether the published counter takes inception 4c by the rate of 4d: HRank's of GoogLeNet."""
+        return self.net == _GOOGLENET and self.grammar == "hrank"
 
     @property
     def transitions(self) -> tuple[str, ...]:

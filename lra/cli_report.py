@@ -75,7 +75,9 @@ def write_page(
     help="A net to set beside the new one, as a published decomposition of NET; repeatable.",
 )
 @click.option(
-    "--force", is_flag=True, help="Also where the plan was made for other files than NET and WEIGHTS."
+    "--force",
+    is_flag=True,
+    help="Also where the plan was made for other files than NET and WEIGHTS, or times and accuracies were measured on other nets.",
 )
 @input_shape_option
 @state_options
@@ -110,9 +112,10 @@ def report(
     )
     pairs = [net_and_weights(one) for one in against]
     published = [console.load_model(*pair, phase, stages, level) for pair in pairs]
+    both = None if force else (before, after)
     given = Given(
-        read_times(times) if times is not None else None,
-        read_accuracy(accuracy) if accuracy is not None else (),
+        read_times(times, both) if times is not None else None,
+        read_accuracy(accuracy, both) if accuracy is not None else (),
         command=console.command_line(),
         input_shapes=input_shapes,
         force=force,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caffe_proto.errors import UsageError
+from caffe_proto.errors import FileError, UsageError
 from caffe_proto.latency import Subject
 from caffe_proto.latency import measure as time_side_by_side
 from caffe_proto.onnx_export import to_onnx
@@ -40,10 +40,10 @@ class Latency:
     """Seconds of the layers of one net, and of what may stand in their places.
 
     ``engine``: the threads and the provider that the net shall run with. ``path``: the table's file, by default
-    one in the user's cache. What is asked for must have been measured: see `measure`.
+    one in the user's cache, whose folder is made. What is asked for must have been measured: see `measure`.
 
-    Raises UsageError where times cannot be measured by layer, FileError where the table is none, NetError where
-    the net cannot be run.
+    Raises UsageError where times cannot be measured by layer, FileError where the table is none or its
+    folder is not there, NetError where the net cannot be run.
     """
 
     def __init__(self, found: Found, engine: Engine | None = None, path: str | Path | None = None) -> None:
@@ -52,6 +52,11 @@ class Latency:
             raise UsageError(
                 f"times by layer cannot be measured on {self.engine.provider}", hint="use the provider cpu"
             )
+        if path is not None and not Path(path).parent.is_dir():
+            raise FileError(
+                f"there is no folder '{Path(path).parent}' for this table of latencies", path=path,
+                hint="make the folder, or name another table",
+            )  # fmt: skip
         self.drawing = Drawing.of(found)
         self.table = Table.load(machine(self.engine), Path(path) if path is not None else default_path())
         self._used: dict[Pair, Measured] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import abspath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,12 @@ from caffe_proto.shape_inference import InputShapes
 
 if TYPE_CHECKING:
     from caffe_proto.latency import Gain, Timing
+
+
+_TIME_HINT = "time these nets: caffe-lra time NET,WEIGHTS PREFIX.prototxt,PREFIX.caffemodel --profile --json"
+_EVAL_HINT = (
+    "evaluate these nets: caffe-lra eval PREFIX.prototxt PREFIX.caffemodel --reference NET,WEIGHTS --json"
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,11 @@ def judged(
     return (*made, Accuracy("agreement with the original", None, (same.value, same.error), same.n))
 
 
-def read_times(path: str) -> Times:
-    """What ``time A B --json`` printed of two nets, by layer with ``--profile``; raises FileError where it is none."""
+def read_times(path: str, pair: tuple[Model, Model] | None = None) -> Times:
+    """What ``time A B --json`` printed of two nets, by layer with ``--profile``.
+
+    ``pair``: the nets that they must be; not checked without. Raises FileError where it is none, or of other nets.
+    """
     value = _document(path)
     models = value.get("models")
     if not isinstance(models, list) or len(models) != 2 or not all(isinstance(one, dict) for one in models):
@@ -115,6 +125,8 @@ def read_times(path: str) -> Times:
             path=path,
             hint="write it with: caffe-lra time NET NEW --profile --json",
         )
+    for model, one in zip(pair or (), models, strict=False):
+        _check_files(one, model, path, _TIME_HINT)
     whole = _numbers([one.get("median_ms") for one in models], path)
     gains = models[1].get("gains", [])
     if not isinstance(gains, list) or not all(isinstance(one, dict) for one in gains):
@@ -142,8 +154,12 @@ def _where(on: Sequence[str], threads: Any, runs: Any) -> str:
     return ", ".join([*on, cores, *([f"{runs} interleaved runs"] if runs is not None else [])])
 
 
-def read_accuracy(path: str) -> tuple[Accuracy, ...]:
-    """What ``eval --json`` printed of the new net, with ``--reference`` of the original too; raises FileError."""
+def read_accuracy(path: str, pair: tuple[Model, Model] | None = None) -> tuple[Accuracy, ...]:
+    """What ``eval --json`` printed of the new net, with ``--reference`` of the original too.
+
+    ``pair``: the original and the new net that they must be; not checked without. Raises FileError where it is
+    none, or of other nets.
+    """
     value = _document(path)
     images, reference = value.get("images"), value.get("reference", {})
     if (
@@ -156,6 +172,10 @@ def read_accuracy(path: str) -> tuple[Accuracy, ...]:
             path=path,
             hint="write it with: caffe-lra eval NEW WEIGHTS --images SRC --json",
         )
+    if pair is not None:
+        _check_files(value, pair[1], path, _EVAL_HINT)
+        if "reference" in value or "agreement" in value:
+            _check_files(reference, pair[0], path, _EVAL_HINT)
     named = (("top-1", "top1"), ("top-5", "top5"), ("agreement with the original", "agreement"))
     return tuple(
         Accuracy(
@@ -167,6 +187,24 @@ def read_accuracy(path: str) -> tuple[Accuracy, ...]:
         for name, key in named
         if key in value
     )
+
+
+def _check_files(said: Mapping[str, Any], model: Model, path: str, hint: str) -> None:
+    """Raise FileError where a measurement is not of a model: by the files' sha256, in older files by their names."""
+    hint += ", or use it all the same with --force"
+    sums, name = said.get("sha256"), said.get("model")
+    if not isinstance(sums, dict):
+        if not isinstance(name, str):
+            raise FileError(f"does not say whether it was measured on {model.net.path}", path=path, hint=hint)
+        nets = [name, *(name[:i] for i, letter in enumerate(name) if letter == ",")]  # of NET,WEIGHTS
+        if abspath(str(model.net.path)) not in map(abspath, nets):
+            raise FileError(f"was measured on {name}, not on {model.net.path}", path=path, hint=hint)
+        return
+    files = (model.net.path, model.weights.path if model.weights is not None else None)
+    for what, file, digest in zip(("net", "weights"), files, model.fingerprint, strict=True):
+        measured = sums.get(what)
+        if measured and digest and measured != digest:
+            raise FileError(f"was measured on another {what} file than {file}", path=path, hint=hint)
 
 
 def _share(value: Any, path: str) -> tuple[float, float]:

@@ -304,8 +304,22 @@ class RankWatch:
             return
         if self.plot is not None:
             self._draw(self.plot)
-        files = [str(one) for one in (self.log, self.plot, self.tensorboard) if one is not None]
-        self.tell("ranks: " + ", ".join(files))
+        self.tell("ranks: " + ", ".join(self._files.values()))
+
+    @property
+    def _files(self) -> dict[str, str]:
+        named = {"log": self.log, "plot": self.plot, "tensorboard": self.tensorboard}
+        return {what: str(path) for what, path in named.items() if path is not None}
+
+    def document(self) -> dict[str, Any]:
+        """The ranks of the last test by layer, and the files, as values of JSON; empty where there was no test."""
+        if not self._rows:
+            return {}
+        at = max(self._rows)
+        ranks = dict(zip(self._header, self._rows[at], strict=True))
+        return {
+            "ranks": {"iteration": at, "energy": self.energy, "layers": ranks, "files": self._files},
+        }
 
     def _draw(self, path: Path) -> None:
         from matplotlib.figure import Figure  # type: ignore[import-not-found]

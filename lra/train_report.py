@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from caffe_proto.solver import Solver
 from .sparsify import Sparsity, measure
 from .train_layers import Key, layouts
 from .train_setup import Last, Place, pairs_of
+
+_COLUMNS = ("zeros", "rows", "columns", "channels", "macs", "needed")
 
 
 def report(place: Place, params: Mapping[Key, Any]) -> dict[str, Sparsity]:
@@ -100,8 +102,12 @@ def write(rows: Mapping[str, Sparsity], path: Path) -> None:
     """The same as CSV, shares as numbers from 0 to 1."""
     with files.writing([path]) as (temporary,), temporary.open("w", newline="", encoding="utf-8") as file:
         written = csv.writer(file)
-        written.writerow(["layer", "zeros", "rows", "columns", "channels", "macs", "needed"])
-        written.writerows([name, *_shares(one), *(one.macs or ())] for name, one in rows.items())
+        written.writerow(["layer", *_COLUMNS])
+        written.writerows([name, *_values(one)] for name, one in rows.items())
+
+
+def _values(one: Sparsity) -> tuple[float, ...]:
+    return *_shares(one), *(one.macs or ())
 
 
 def _shares(one: Sparsity) -> tuple[float, float, float, float]:
@@ -119,6 +125,7 @@ class Ending(Last):
     place: Place
     remove: bool = False
     quiet: bool = False
+    _document: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.remove and not self.place.solver.snapshot_after_train:
@@ -133,11 +140,19 @@ class Ending(Last):
             return
         solver = self.place.solver
         rows = report(self.place, self._params)
-        write(rows, Path(f"{solver.snapshot_prefix}_iter_{self._done}.sparsity.csv"))
+        path = Path(f"{solver.snapshot_prefix}_iter_{self._done}.sparsity.csv")
+        write(rows, path)
+        layers = {name: dict(zip(_COLUMNS, _values(one), strict=False)) for name, one in rows.items()}
+        self._document["sparsity"] = {"layers": layers, "file": str(path)}
         if not self.quiet:
             show(rows)
+            click.echo(f"sparsity: {path}")
         if self.remove:
             self._remove(solver, self._done)
+
+    def document(self) -> dict[str, Any]:
+        """The zeros by layer, what was removed, and the files, as values of JSON."""
+        return self._document
 
     def _remove(self, solver: Solver, iteration: int) -> None:
         from .removal import without_zeros
@@ -148,6 +163,12 @@ class Ending(Last):
         stem = f"{solver.snapshot_prefix}_iter_{iteration}_removed"
         targets = (f"{stem}.prototxt", f"{stem}.caffemodel{'.h5' if solver.hdf5 else ''}")
         save(small.model, *targets)
+        self._document["removed"] = {
+            "channels": {name: list(both) for name, both in small.channels.items()},
+            "macs": list(small.macs),
+            "params": list(small.params),
+            "files": dict(zip(("prototxt", "weights"), targets, strict=True)),
+        }
         if self.quiet:
             return
         for name, (before, after) in small.channels.items():

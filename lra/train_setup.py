@@ -256,6 +256,11 @@ class Watch(Last):
             self.watch.at_test(self._done, self._params)
         self.watch.finish()
 
+    def document(self) -> dict[str, Any]:
+        """The last ranks, and where all of them are."""
+        found: dict[str, Any] = self.watch.document()
+        return found
+
 
 class Prune:
     """Makes the smallest weights of every layer that learns zero when training starts, and keeps them so.

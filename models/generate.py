@@ -435,9 +435,12 @@ def _branch(n: Net, name: str, blob: str, convs: Iterable[tuple[int, int, int]])
     return blob
 
 
-def _resnet(n: Net, depths: Sequence[int], *, bottleneck: bool) -> str:
-    """A ResNet with one projection a stage where the width changes; a bottleneck's stride is in its first 1x1."""
-    blob = _res_conv(n, "conv1", "data", 64, 7, 2, has_bias=bottleneck)
+def _resnet(n: Net, depths: Sequence[int], *, bottleneck: bool, later: bool = False) -> str:
+    """A ResNet with one projection a stage where the width changes; a bottleneck's stride is in its first 1x1.
+
+    ``later``: in its 3x3, and no bias in conv1.
+    """
+    blob = _res_conv(n, "conv1", "data", 64, 7, 2, has_bias=bottleneck and not later)
     blob, width_in = n.pool("pool1", n.relu("conv1_relu", blob), MAX, 3, 2), 64
     for stage, depth in enumerate(depths, 2):
         width = 16 << stage
@@ -446,7 +449,8 @@ def _resnet(n: Net, depths: Sequence[int], *, bottleneck: bool) -> str:
             name, stride = f"res{stage}{letter}", 2 if letter == "a" and stage > 2 else 1
             convs = [(width, 3, stride), (width, 3, 1)]
             if bottleneck:
-                convs = [(width, 1, stride), (width, 3, 1), (width_out, 1, 1)]
+                strides = (1, stride) if later else (stride, 1)
+                convs = [(width, 1, strides[0]), (width, 3, strides[1]), (width_out, 1, 1)]
             shortcut = blob
             if width_in != width_out:
                 shortcut = _res_conv(n, f"{name}_branch1", blob, width_out, 1, stride)
@@ -705,6 +709,12 @@ ZOO = (
     ),
     Entry("resnet_18", partial(_resnet, depths=(2, 2, 2, 2), bottleneck=False), _imagenet(224), MSRA),
     Entry("resnet_50", partial(_resnet, depths=(3, 4, 6, 3), bottleneck=True), _imagenet(224), MSRA),
+    Entry(
+        "resnet_50_v1.5",
+        partial(_resnet, depths=(3, 4, 6, 3), bottleneck=True, later=True),
+        _imagenet(224),
+        MSRA,
+    ),
     Entry("squeezenet_v1.1", _squeezenet, _imagenet(227)),
     Entry("mobilenet_v1", _mobilenet, _imagenet(224, (103.94, 116.78, 123.68), 0.017), MSRA),
     _cifar_norm("vgg_16_bn", _vgg_16_bn),

@@ -310,6 +310,7 @@ def test_what_is_removed_is_not_missed(folder: Path, capsys: pytest.CaptureFixtu
     train("--sparsify", "filter=1e-9", "--remove")
     printed = capsys.readouterr().out
     assert "removed 2 of 6 channels of conv" in printed
+    assert "sparsity: s_iter_1.sparsity.csv\n" in printed
     assert "wrote s_iter_1_removed.prototxt, s_iter_1_removed.caffemodel" in printed
     large = cp.load("net.prototxt", "s_iter_1.caffemodel")
     small = cp.load("s_iter_1_removed.prototxt", "s_iter_1_removed.caffemodel")
@@ -325,9 +326,33 @@ def test_what_is_removed_is_not_missed(folder: Path, capsys: pytest.CaptureFixtu
 
 @needs_torch
 def test_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train("--sparsify", "l1=0.1", "--remove", "--json", iterations=2)
-    assert json.loads(capsys.readouterr().out)["iterations"] == 2
-    assert Path("s_iter_2.sparsity.csv").is_file() and Path("s_iter_2_removed.prototxt").is_file()
+    weight = np.random.default_rng(4).standard_normal((6, 2, 3, 3))
+    weight[[1, 4]] = 0
+    start(folder, conv=weight)
+    after = train("--sparsify", "filter=1e-9", "--remove", "--watch-ranks", "0.8", "--json", iterations=3)
+    found = json.loads(capsys.readouterr().out)
+    assert found["iterations"] == 3
+    ranks = found["ranks"]
+    assert (ranks["iteration"], ranks["energy"], ranks["files"]["log"]) == (3, 0.8, "s.ranks.csv")
+    assert ranks["layers"] == {name: rank(blobs[0], 0.8) for name, blobs in after.items()}
+    sparsity = found["sparsity"]
+    rows = list(csv.DictReader(Path(sparsity["file"]).read_text().splitlines()))
+    assert sparsity["file"] == "s_iter_3.sparsity.csv" and [row.pop("layer") for row in rows] == list(after)
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == [
+        *sparsity["layers"].values()
+    ]
+    zeros = after["conv"][0] == 0
+    assert sparsity["layers"]["conv"]["zeros"] == pytest.approx(zeros.mean())
+    assert sparsity["layers"]["conv"]["rows"] == pytest.approx(zeros.all((1, 2, 3)).mean())
+    removed = found["removed"]
+    assert removed["files"] == {
+        "prototxt": "s_iter_3_removed.prototxt",
+        "weights": "s_iter_3_removed.caffemodel",
+    }
+    small = cp.load(*removed["files"].values())
+    assert small.weights is not None
+    assert removed["channels"]["conv"] == [6, small.weights["conv"][0].shape[0]]
+    assert removed["params"][1] == sum(blob.size for blobs in small.weights.values() for blob in blobs)
 
 
 @needs_torch

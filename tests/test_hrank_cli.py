@@ -398,6 +398,45 @@ def test_criteria_side_by_side(capsys: Capture) -> None:
 # Dry run ----------------------------------------------------------------------------------------------------------
 
 
+MODELS = Path(__file__).resolve().parents[1] / "models"
+GOOGLENET = (str(MODELS / "googlenet_cifar" / "deploy.prototxt"), "--rates", "[0.10]+[0.8]*5+[0.85]+[0.8]*3")
+RESNET_50 = (
+    str(MODELS / "resnet_50_v1.5" / "deploy.prototxt"), "--rates", "[0.2]+[0.8]*10+[0.8]*13+[0.55]*19+[0.45]*10"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "flops", "params"),
+    [
+        (RESNET_50, "1549.65", "13.77"),
+        (GOOGLENET, "450.06", "1.86"),
+        ((*GOOGLENET, "--count-c4-slip"), "450.06", "1.86"),
+        ((*GOOGLENET, "--no-count-c4-slip"), "455.68", "1.88"),
+    ],
+)
+def test_published_counts_by_the_command(
+    capsys: Capture, given: tuple[str, ...], flops: str, params: str
+) -> None:
+    arguments = ("prune", *given, "--dry-run", "--count", "hrank")
+    found = ok_json(capsys, *arguments)["counted"]
+    assert (f"{found['flops'][1] / 1e6:.2f}", f"{found['params'][1] / 1e6:.2f}") == (flops, params)
+    said = "hrank, no c4 slip" if "--no-count-c4-slip" in given else "hrank"
+    assert found["as"] == said and f"FLOPs as {said} " in ok(capsys, *arguments)[0]
+
+
+def test_the_slip_is_of_one_count_of_one_net(capsys: Capture) -> None:
+    slip = ("--dry-run", "--no-count-c4-slip")
+    for given in (
+        GOOGLENET,
+        (*GOOGLENET, "--count", "hrankplus"),
+        (*GOOGLENET, "--count", "hrank", "--rates-as", "hrankplus"),
+        (*GOOGLENET[:1], "--count", "hrank"),
+    ):
+        assert "--count-c4-slip only goes with --count hrank" in refused(capsys, "prune", *given, *slip)
+    err = refused(capsys, "prune", *RESNET_50, "--count", "hrank", *slip)
+    assert "--count-c4-slip only goes with the GoogLeNet of CIFAR" in err
+
+
 def test_a_dry_run_lists_all_and_writes_nothing(capsys: Capture) -> None:
     before = sorted(Path().iterdir())
     out, _ = ok(capsys, "prune", "net.prototxt", "--dry-run", "--rates", "[0.]+[0.4]+[0.]+[0.5]")

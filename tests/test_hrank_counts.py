@@ -40,7 +40,7 @@ STRINGS = {
     "resnet_110": RESNET_110,
     "densenet_40": DENSENET,
     "googlenet_cifar": GOOGLENET,
-    "resnet_50": RESNET_50,
+    "resnet_50_v1.5": RESNET_50,
 }
 
 HRANK = [  # net, string, FLOPs, parameters: printed, or where the print lost digits what the code gives
@@ -53,8 +53,8 @@ HRANK = [  # net, string, FLOPs, parameters: printed, or where the print lost di
     ("googlenet_cifar", "", "1521.76", "6.15"),
     ("googlenet_cifar", GOOGLENET, "450.06", "1.86"),
     ("googlenet_cifar", "[0.10]+[0.7]+[0.5]+[0.8]*4+[0.5]+[0.6]*2", "686.02", "2.74"),
-    ("resnet_50", "", "4089.18", "25.50"),
-    ("resnet_50", RESNET_50, "1549.65", "13.77"),
+    ("resnet_50_v1.5", "", "4089.18", "25.50"),
+    ("resnet_50_v1.5", RESNET_50, "1549.65", "13.77"),
     ("vgg_16_bn", "", "313.46", "14.98"),
     ("vgg_16_bn", VGG, "116.63", "4.81"),
 ]
@@ -74,27 +74,15 @@ HRANKPLUS = [  # as printed; parameters cut off, not rounded, where that is what
     ("densenet_40", "[0.]" + "+[0.25]*12+[0.]" * 2 + "+[0.25]*12", "173.39", "0.62"),
     ("densenet_40", "[0.]" + "+[0.3]*12+[0.1]" * 2 + "+[0.3]*12", "133.17", "0.45"),
     ("densenet_40", "[0.]" + "+[0.4]*12+[0.]" * 2 + "+[0.4]*12", "113.08", "0.39"),
-    ("resnet_50", "[0.]+[0.1]*3+[0.35]*16", "2258.93", "15.09"),
-    ("resnet_50", "[0.]+[0.25]*3+[0.5]*16", "1522.96", "11.04"),
-    ("resnet_50", "[0.]+[0.5]*3+[0.6]*16", "954.86", "8.01"),
+    ("resnet_50_v1.5", "[0.]+[0.1]*3+[0.35]*16", "2258.93", "15.09"),
+    ("resnet_50_v1.5", "[0.]+[0.25]*3+[0.5]*16", "1522.96", "11.04"),
+    ("resnet_50_v1.5", "[0.]+[0.5]*3+[0.6]*16", "954.86", "8.01"),
 ]
 
 
 def source(folder: str) -> str:
-    """A deploy form; ResNet-50 as torchvision has it, the stride in the 3x3 and no bias in conv1."""
-    text = (MODELS / folder / "deploy.prototxt").read_text()
-    if folder != "resnet_50":
-        return text
-    blocks = text.split("layer {")
-    for i, block in enumerate(blocks):
-        name = re.search(r'name: "(.*?)"', block)
-        if name and re.fullmatch(r"res[345]a_branch2a", name[1]):
-            blocks[i] = block.replace("stride: 2", "stride: 1")
-        elif name and re.fullmatch(r"res[345]a_branch2b", name[1]):
-            blocks[i] = block.replace("convolution_param {", "convolution_param { stride: 2")
-        elif name and name[1] == "conv1":
-            blocks[i] = block.replace("convolution_param {", "convolution_param { bias_term: false")
-    return "layer {".join(blocks)
+    """A deploy form."""
+    return (MODELS / folder / "deploy.prototxt").read_text()
 
 
 @cache
@@ -157,12 +145,12 @@ def test_rows_of_hrankplus(folder: str, string: str, flops: str, params: str) ->
         ),
         ("googlenet_cifar", "hrank", GOOGLENET, r"inception_[45][ab]/1x1", [39, 32, 52, 77]),
         ("googlenet_cifar", "hrank", GOOGLENET, r"inception_4d/.*", [17, 44, 10, 10, 10]),
-        ("resnet_50", "hrank", RESNET_50, r"(conv1|res[25]._branch.*)", [52] + [52, 13, 13, 52] + [13, 13, 52] * 2
+        ("resnet_50_v1.5", "hrank", RESNET_50, r"(conv1|res[25]._branch.*)", [52] + [52, 13, 13, 52] + [13, 13, 52] * 2
          + [1127, 282, 282, 1127] + [282, 282, 1127] * 2),
         ("vgg_16_bn", "hrankplus", "[0.21]*7+[0.75]*5", r"conv.*", [50, 50, 101, 101, 202, 202, 202] + [128] * 5),
         ("resnet_56", "hrankplus", "[0.]+[0.15]*2+[0.4]*27", r".*_1_conv.*", [9, 13, 19, 27, 38]),
         ("resnet_110", "hrankplus", "[0.]+[0.2]*2+[0.3]*18+[0.35]*36", r".*_1_conv.*", [11, 12, 20, 25, 41]),
-        ("resnet_50", "hrankplus", "[0.]+[0.1]*3+[0.35]*16", r"(conv1|res[25]a_branch.*)", [64, 230, 41, 41, 230, 332, 332]),
+        ("resnet_50_v1.5", "hrankplus", "[0.]+[0.1]*3+[0.35]*16", r"(conv1|res[25]a_branch.*)", [64, 230, 41, 41, 230, 332, 332]),
         ("densenet_40", "hrankplus", "[0.]" + "+[0.3]*12+[0.1]" * 2 + "+[0.3]*12", r"trans.*", [108, 173]),
     ],
 )  # fmt: skip
@@ -184,7 +172,7 @@ def test_channels_that_stay(folder: str, grammar: str, string: str, layers: str,
         ("resnet_110", "resnet_110", 0xD0566C88),
         ("densenet_40", "densenet_40", 0x8C06EADD),
         ("googlenet_cifar", "googlenet", 0x2F2A17E9),
-        ("resnet_50", "resnet_50", 0x6098D5DE),
+        ("resnet_50_v1.5", "resnet_50", 0x6098D5DE),
     ],
 )
 def test_filters_chosen_from_the_published_ranks(folder: str, published: str, crc: int) -> None:
@@ -336,6 +324,7 @@ def test_the_number_of_rates_must_fit() -> None:
         ("densenet_40", "DenseNet", 39, 39),
         ("googlenet_cifar", "GoogLeNet of CIFAR", 10, 10),
         ("resnet_50", "ResNet with bottlenecks", 53, 20),
+        ("resnet_50_v1.5", "ResNet with bottlenecks", 53, 20),
         ("resnet_20", "any net", 21, 21),
         ("googlenet", "any net", 57, 57),
         ("resnet_18", "any net", 20, 20),
@@ -352,7 +341,7 @@ def test_nets_are_recognized(folder: str, name: str, plain: int, plus: int) -> N
 
 
 def test_the_shortcut_stands_behind_the_branch_it_is_added_to() -> None:
-    first = [position.layers[0] for position in rates.layout(found("resnet_50")).positions[:8]]
+    first = [position.layers[0] for position in rates.layout(found("resnet_50_v1.5")).positions[:8]]
     block = ["res2a_branch2a", "res2a_branch2b", "res2a_branch2c", "res2a_branch1"]
     assert first == ["conv1", *block, "res2b_branch2a", "res2b_branch2b", "res2b_branch2c"]
 

@@ -451,6 +451,25 @@ def test_the_batch_is_that_of_all_inputs(work: Path, capsys: pytest.CaptureFixtu
     assert [4 * macs for macs in one["macs"]] == four["macs"]
 
 
+def test_a_table_in_no_folder_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "decompose",
+        "net.prototxt",
+        "net.caffemodel",
+        "-o",
+        "fast",
+        "--speedup",
+        "1.3",
+        "--cost",
+        "latency",
+    )
+    assert main((*arguments, "--latency-table", "typo/t.json")) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("caffe-lra: error: typo/t.json: there is no folder 'typo'")
+    assert not Path("typo").exists() and not Path("fast.prototxt").exists()
+
+
 @pytest.mark.parametrize(
     "more",
     [

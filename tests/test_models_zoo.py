@@ -40,6 +40,8 @@ KNOWN = {
     "resnet_18": (1_814_073_344, 11_689_512),
     # He's Caffe file, stride in the first 1x1: 3.86 G. torchvision's 25,557,032 and 64 biases of conv1.
     "resnet_50": (3_857_973_248, 25_557_096),
+    # torchvision's form: 4.09 G, 25,557,032.
+    "resnet_50_v1.5": (4_089_184_256, 25_557_032),
     # The authors' 1.2 M parameters; the MACs are summed up below.
     "squeezenet_v1.1": (387_747_520, 1_235_496),
     # Howard et al.: 569 M, 4.2 M.
@@ -60,13 +62,14 @@ KNOWN = {
 
 # HRank's own counts in M, to which its printed baselines were traced: MACs with VGG's two fully connected layers
 # counted twice, and parameters without those of BatchNorm. Printed are 313.73/14.98, 125.49/0.85, 252.89/1.72,
-# 282.00 (digits are lost) / 1.04 and 1520/6.15.
+# 282.00 (digits are lost) / 1.04, 1520/6.15 and 4090/25.50.
 HRANK = {
     "vgg_16_bn": ("313.731", "14.982"),
     "resnet_56": ("125.486", "0.8490"),
     "resnet_110": ("252.888", "1.7199"),
     "densenet_40": ("282.917", "1.0406"),
     "googlenet_cifar": ("1521.76", "6.1504"),
+    "resnet_50_v1.5": ("4089.18", "25.504"),
 }
 VGG_LINEAR = 512 * 512 + 512 * 10
 
@@ -171,10 +174,13 @@ def _resnet_18() -> int:
     return stem + stages + 512 * 1000
 
 
-def _resnet_50() -> int:
-    """Per stage, in units of 64 x 64 x 56 x 56: inner blocks of 4 + 9 + 4, and the first one of each stage."""
+def _resnet_50(*, later: bool = False) -> int:
+    """Per stage, in units of 64 x 64 x 56 x 56: inner blocks of 4 + 9 + 4, and the first one of each stage.
+
+    ``later``: the first 1x1 of three stages sees four times the pixels.
+    """
     inner, first2 = 17 * (2 + 3 + 5 + 2), 1 + 9 + 4 + 4
-    first = 3 * (2 + 9 + 4 + 8)
+    first = 3 * ((8 if later else 2) + 9 + 4 + 8)
     return 112**2 * 49 * 3 * 64 + (inner + first2 + first) * 64 * 64 * 56**2 + 2048 * 1000
 
 
@@ -215,6 +221,7 @@ def _densenet_40() -> int:
         ("googlenet_cifar", _googlenet_cifar()),
         ("resnet_18", _resnet_18()),
         ("resnet_50", _resnet_50()),
+        ("resnet_50_v1.5", _resnet_50(later=True)),
         ("squeezenet_v1.1", _squeezenet()),
         ("mobilenet_v1", _mobilenet()),
         ("resnet_20", _cifar_resnet(3, 16 * 32 * 16**2)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import os
@@ -574,21 +575,30 @@ def test_a_plan_that_was_fitted_to_images(tmp_path: Path, monkeypatch: pytest.Mo
 # What is given besides -----------------------------------------------------------------------------------------
 
 
-def write_times(*layers: tuple[str, list[float]]) -> None:
+def write_times(*layers: tuple[str, list[float]], of: Sequence[dict[str, Any]] | None = None) -> None:
+    """times.json, of the two nets unless others are given."""
+    first, second = of or ({"sha256": sums("net")}, {"sha256": sums("x")})
     why = [{"kind": "layout", "ms": 0.1, "text": "2 reorders"}, {"kind": "fusion", "ms": 0.05, "text": ""}]
     gains = [{"name": name, "ms": pair} | ({"why": why} if name == "conv1" else {}) for name, pair in layers]
-    models = [{"median_ms": 2.5}, {"median_ms": 1.25, "gains": gains}]
+    models = [{**first, "median_ms": 2.5}, {**second, "median_ms": 1.25, "gains": gains}]
     document = {"models": models, "threads": 2, "provider": "cpu", "runs": 7, "onnxruntime": "1.2.3"}
     Path("times.json").write_text(json.dumps(document))
+
+
+def sums(stem: str) -> dict[str, str]:
+    """What sha256sum says of a net's two files."""
+    files = {"net": f"{stem}.prototxt", "weights": f"{stem}.caffemodel"}
+    return {what: hashlib.sha256(Path(name).read_bytes()).hexdigest() for what, name in files.items()}
 
 
 def test_times_and_accuracies(files: tuple[str, str]) -> None:
     write_times(("conv1", [1.5, 0.5]), ("", [1.0, 0.75]))
     share = {"value": 0.875, "standard_error": 0.0125, "n": 700}
     accuracy = {
+        "sha256": sums("x"),
         "images": 700,
         "top1": share,
-        "reference": {"top1": {**share, "value": 0.9}},
+        "reference": {"sha256": sums("net"), "top1": {**share, "value": 0.9}},
         "agreement": share,
     }
     Path("acc.json").write_text(json.dumps(accuracy))
@@ -660,6 +670,82 @@ def test_refusals(files: tuple[str, str], capsys: Capture) -> None:
     assert "--force" in said and run("x", "net.prototxt", "other.caffemodel", *out, "--force") == 0
 
 
+def test_times_of_other_nets_are_refused(files: tuple[str, str], capsys: Capture) -> None:
+    """By the files' sha256; in files of older releases by the nets' names."""
+    nets.files(Path(), seed=1, stem="other")
+    mine, new, other = ({"sha256": sums(stem)} for stem in ("net", "x", "other"))
+    options = (*files, "--times", "times.json", "-o", "out.html")
+    write_times(of=(mine, {"sha256": {**sums("x"), "net": "0" * 64}}))
+    assert "times.json: was measured on another net file than x.prototxt" in refused(capsys, "x", *options)
+    for pair, said in (
+        ((other, new), "another weights file than net.caffemodel"),
+        ((new, mine), "another net file than net.prototxt"),
+        (({"model": "y/net.prototxt,net.caffemodel"}, new), "y/net.prototxt,net.caffemodel, not on net.prototxt"),
+        (({"model": "net.prototxt"}, {"model": "x.onnx"}), "measured on x.onnx, not on x.prototxt"),
+        (({}, {}), "does not say whether it was measured on net.prototxt"),
+    ):  # fmt: skip
+        write_times(of=pair)
+        err = refused(capsys, "x", *options)
+        assert said in err and "caffe-lra time NET,WEIGHTS" in err and "--force" in err
+        made("x", *options[:-2], "--force")
+        Path("out.html").unlink()
+        capsys.readouterr()
+    bare = {"sha256": {"net": sums("net")["net"]}}
+    for pair in ((bare, new), ({"model": "./net.prototxt,net.caffemodel"}, {"model": "x.prototxt"})):
+        write_times(of=pair)
+        made("x", *options[:-2])
+
+
+def test_accuracies_of_other_nets_are_refused(files: tuple[str, str], capsys: Capture) -> None:
+    nets.files(Path(), seed=1, stem="other")
+    share = {"value": 0.875, "standard_error": 0.0125, "n": 700}
+    options = (*files, "--accuracy", "acc.json", "-o", "out.html")
+    mine, new, other = (sums(stem) for stem in ("net", "x", "other"))
+    for one, reference, said in (
+        ({"sha256": other}, {"sha256": mine}, "another net file than x.prototxt"),
+        ({"sha256": {**new, "weights": "0" * 64}}, None, "another weights file than x.caffemodel"),
+        ({"sha256": new}, {"sha256": other}, "another weights file than net.caffemodel"),
+        ({}, None, "does not say whether it was measured on x.prototxt"),
+        ({"sha256": new}, {}, "does not say whether it was measured on net.prototxt"),
+    ):
+        document = {**one, "images": 700, "top1": share}
+        Path("acc.json").write_text(
+            json.dumps(
+                document if reference is None else {**document, "reference": reference, "agreement": share}
+            )
+        )
+        err = refused(capsys, "x", *options)
+        assert said in err and "caffe-lra eval PREFIX.prototxt" in err and "--force" in err
+        made("x", *options[:-2], "--force")
+        Path("out.html").unlink()
+        capsys.readouterr()
+
+
+def test_what_time_and_eval_print_is_taken(files: tuple[str, str], capsys: Capture) -> None:
+    pair = ("net.prototxt,net.caffemodel", "x.prototxt,x.caffemodel")
+    rng = np.random.default_rng(0)
+    shape = cp.shapes(cp.load(files[0]))["data"]
+    np.savez("images.npz", x=rng.integers(0, 255, (4, *shape[1:])).astype(np.uint8))
+    quick = ("--threads", "1", "--json")
+    for engine in ("onnxruntime", "torch"):
+        if engine == "torch":
+            pytest.importorskip("torch")
+        assert main(("time", *pair, "--engine", engine, "--runs", "1", "--warmup", "0", *quick)) == 0
+        Path("times.json").write_text(capsys.readouterr().out)
+        said = json.loads(Path("times.json").read_text())["models"]
+        assert [one["sha256"] for one in said] == [sums("net"), sums("x")]
+        made("x", *files, "--times", "times.json")
+        capsys.readouterr()
+        assert "was measured on" in refused(
+            capsys, "x", "x.prototxt", "-o", "o.html", "--times", "times.json"
+        )
+    assert main(("eval", *pair[1].split(","), "--images", "images.npz", "--reference", pair[0], *quick)) == 0
+    Path("acc.json").write_text(capsys.readouterr().out)
+    found = json.loads(Path("acc.json").read_text())
+    assert (found["sha256"], found["reference"]["sha256"]) == (sums("x"), sums("net"))
+    made("x", *files, "--accuracy", "acc.json")
+
+
 def test_a_prefix_may_be_the_plan(files: tuple[str, str]) -> None:
     pages = [made(name, *files) for name in ("x", "x.plan.json")]
     assert pages[0].replace(" report x ", " report x.plan.json ") == pages[1]
@@ -711,9 +797,13 @@ addEventListener("load", () => {{
 </script></body>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on PATH")
+@pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"),
+    reason="needs chromium, chromium-browser or google-chrome on PATH; fails without where CI is set",
+)
 @pytest.mark.parametrize("width", [1280, 800, 400])
 def test_nothing_overflows_in_a_browser(files: tuple[str, str], tmp_path: Path, width: int) -> None:
+    assert CHROMIUM is not None, "no browser on PATH: .ci/run installs chromium as root with apt-get"
     long = "inception_5b/double3x3_reduce_and_more_of_it"
     for path in map(Path, ("net.prototxt", "x.prototxt")):
         path.write_text(
