@@ -86,14 +86,16 @@ class _Decompose:
             yield None
             return
         own = f".{self.peers.rank}" if shared else ""
-        stage = Stage(f"{o.prefix}.fit{own}" if o.prefix is not None else None, resume=o.resume)
+        folder = f"{o.prefix}.fit{own}" if o.prefix is not None else None
+        stage = None
         try:
+            stage = Stage(folder, resume=o.resume)
             yield stage
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and o.prefix is not None and not shared:
-                click.echo("interrupted; the same command with --resume goes on from here", err=True)
-                stage.close()
-            else:
+            if isinstance(error, KeyboardInterrupt) and folder is not None and not shared:
+                if Stage.resumable(folder):
+                    click.echo("interrupted; the same command with --resume goes on from here", err=True)
+            elif stage is not None:
                 stage.finish()
             raise
         if o.plan_only or shared:

@@ -56,6 +56,11 @@ class Stage:
             raise FileError(f"cannot be made: {error.strerror}", path=self.folder) from None
         self._write()
 
+    @staticmethod
+    def resumable(folder: str | Path) -> bool:
+        """Whether a folder is one that a fit can be resumed from."""
+        return (Path(folder) / _TABLE).exists()
+
     def get(self, name: str, key: str) -> Any:
         """What was put under a name for the same key, or None."""
         found = self._table.get(name)

@@ -25,6 +25,7 @@ from caffe_proto import console, model, tables
 from caffe_proto.errors import UsageError, alike, nearest
 from lra.cli import cli, main
 from lra.cli_welcome import SECTIONS
+from lra.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -316,7 +317,7 @@ def test_an_interrupted_command_says_so_and_writes_nothing(files: None) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    while not Path("x.fit").exists() and made.poll() is None:
+    while not Stage.resumable("x.fit") and made.poll() is None:
         pass
     made.send_signal(signal.SIGINT)
     out, err = made.communicate(timeout=60)

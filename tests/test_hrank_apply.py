@@ -85,7 +85,7 @@ def test_a_pruned_net_computes_what_the_masked_one_does(path: Path) -> None:
 
 
 def test_there_are_nets_to_prune() -> None:
-    assert len(ZOO) == 17
+    assert len(ZOO) == 18
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -568,7 +568,12 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cuda"):
         Latency(found, Engine(1, "cuda"), tmp_path / "table.json")
     (tmp_path / "file").write_text("")
-    latency = Latency(found, ENGINE, tmp_path / "file" / "table.json")
+    with pytest.raises(FileError, match="there is no folder"):
+        Latency(found, ENGINE, tmp_path / "file" / "table.json")
+    (tmp_path / "gone").mkdir()
+    latency = Latency(found, ENGINE, tmp_path / "gone" / "table.json")
+    (tmp_path / "gone").rmdir()
+    (tmp_path / "gone").write_text("")
     steps: list[int] = []
     with pytest.raises(FileError):
         latency.measure(list(found.targets.values()), schemes(found), lambda: steps.append(1))
