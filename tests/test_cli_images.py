@@ -31,6 +31,9 @@ def digits(tmp_path: Path) -> str:
     return str(tmp_path / "digits.npz")
 
 
+FITTED = ("--speedup", "4", "--scope", "conv", "--scheme", "spatial", "--threads", "1")
+
+
 def decompose(tmp_path: Path, *options: str) -> int:
     return main(["decompose", *FILES, "-o", str(tmp_path / "fast"), *options])
 
@@ -42,18 +45,7 @@ def read(tmp_path: Path) -> dict[str, np.ndarray]:
 
 
 def test_refit_kept_changes_the_layers_left_whole_and_no_folder_is_left(tmp_path: Path, digits: str) -> None:
-    options = (
-        "--speedup",
-        "4",
-        "--scope",
-        "conv",
-        "--scheme",
-        "spatial",
-        "--images",
-        digits,
-        "--threads",
-        "1",
-    )
+    options = (*FITTED, "--images", digits)
     assert decompose(tmp_path, *options) == 0
     plain = read(tmp_path)
     assert decompose(tmp_path, *options, "--refit-kept") == 0
@@ -72,18 +64,7 @@ def test_polish_lowers_the_held_out_error(
     tmp_path: Path, digits: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch", reason="torch is an extra")
-    options = (
-        "--speedup",
-        "4",
-        "--scope",
-        "conv",
-        "--scheme",
-        "spatial",
-        "--images",
-        digits,
-        "--threads",
-        "1",
-    )
+    options = (*FITTED, "--images", digits)
     assert decompose(tmp_path, *options, "--polish", "20", "--json") == 0
     found = json.loads(capsys.readouterr().out)["polish"]
     assert found["steps"] == 20

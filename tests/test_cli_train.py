@@ -118,6 +118,9 @@ def test_the_fields_are_those_that_are_read() -> None:
     assert FIELDS == SOLVER_FIELDS
 
 
+TRAIN = ("train", "solver.prototxt", "--data", "x.npz", "--test-data", "x.npz", "--max-iter", "4")
+
+
 @needs_torch
 @pytest.mark.parametrize(
     ("settings", "mult", "options", "power", "strength"),
@@ -391,22 +394,7 @@ def test_what_would_come_to_nothing_is_refused(
     folder: Path, options: tuple[str, ...], cause: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(folder.iterdir())
-    assert (
-        main(
-            [
-                "train",
-                "solver.prototxt",
-                "--data",
-                "x.npz",
-                "--test-data",
-                "x.npz",
-                "--max-iter",
-                "4",
-                *options,
-            ]
-        )
-        == 2
-    )
+    assert main([*TRAIN, *options]) == 2
     printed = capsys.readouterr()
     assert cause in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert sorted(folder.iterdir()) == before
@@ -430,22 +418,7 @@ def test_solver_files_that_ask_for_nothing(
     folder: Path, settings: str, options: tuple[str, ...], cause: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, settings)
-    assert (
-        main(
-            [
-                "train",
-                "solver.prototxt",
-                "--data",
-                "x.npz",
-                "--test-data",
-                "x.npz",
-                "--max-iter",
-                "4",
-                *options,
-            ]
-        )
-        == 2
-    )
+    assert main([*TRAIN, *options]) == 2
     assert cause in capsys.readouterr().err
 
 

@@ -34,14 +34,21 @@ def structure(shape: Shape, geometry: Geometry, rank: int) -> tuple[StepShape, .
     Raises:
         ValueError: the rank is no positive multiple of the groups, or too large.
     """
-    out, depth, height, width = shape
     g = geometry.group
     check_rank(rank, g, max_rank(shape, g))
-    (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.pad, geometry.dilation
-    return (
-        StepShape("_v", (rank, depth, height, 1), (sh, 1), (ph, 0), (dh, 1), g),
-        StepShape("_h", (out, rank // g, 1, width), (1, sw), (0, pw), (1, dw), g),
-    )
+    return _vertical(rank, shape[1], shape, geometry), _horizontal(shape[0], rank // g, shape, geometry)
+
+
+def _vertical(out: int, depth: int, shape: Shape, geometry: Geometry) -> StepShape:
+    """The kh x 1 step, with the vertical half of the geometry."""
+    stride, pad, dilation = geometry.stride[0], geometry.pad[0], geometry.dilation[0]
+    return StepShape("_v", (out, depth, shape[2], 1), (stride, 1), (pad, 0), (dilation, 1), geometry.group)
+
+
+def _horizontal(out: int, depth: int, shape: Shape, geometry: Geometry) -> StepShape:
+    """The 1 x kw step, with the horizontal half of the geometry."""
+    stride, pad, dilation = geometry.stride[1], geometry.pad[1], geometry.dilation[1]
+    return StepShape("_h", (out, depth, 1, shape[3]), (1, stride), (0, pad), (1, dilation), geometry.group)
 
 
 def spectrum(weight: NDArray[Any], geometry: Geometry) -> SvdSpectrum:
@@ -89,14 +96,9 @@ def horizontal_structure(shape: Shape, geometry: Geometry, rank: int) -> tuple[S
     Raises:
         ValueError: the rank is no positive multiple of the groups, or too large.
     """
-    out, depth, height, width = shape
     g = geometry.group
     check_rank(rank, g, horizontal_max_rank(shape, g))
-    (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.pad, geometry.dilation
-    return (
-        StepShape("_h", (rank, depth, 1, width), (1, sw), (0, pw), (1, dw), g),
-        StepShape("_v", (out, rank // g, height, 1), (sh, 1), (ph, 0), (dh, 1), g),
-    )
+    return _horizontal(rank, shape[1], shape, geometry), _vertical(shape[0], rank // g, shape, geometry)
 
 
 def horizontal_spectrum(weight: NDArray[Any], geometry: Geometry) -> SvdSpectrum:
