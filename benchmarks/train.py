@@ -1,7 +1,7 @@
 """Training with force, clipping and sparsity on real nets and images: ranks at energy 0.95, MACs and test accuracy.
 
-    python benchmarks/train.py SECTION ... --work FOLDER [--shared ../shared]
-    python benchmarks/train.py --table --work FOLDER
+    python benchmarks/train.py SECTION ... --work FOLDER [--seed N] [--shared ../shared]
+    python benchmarks/train.py --table --work FOLDER [FOLDER ...]
 
 Sections: lenet (baseline, force at three strengths of L1 and L2), low_rank (LRA at energy 0.95 with and without, and
 fine-tuning), start (force from a trained and from a random start), together (force, LRA and sparsity on one LeNet),
@@ -9,7 +9,8 @@ cifar (ConvNet with trained weights: force, LRA, fine-tuning), cifar_start (the 
 (other forces, rank clipping), resnet (ResNet-20 with trained weights), resnet_low_rank (LRA of these, fine-tuning),
 asymmetric (fine-tuning of an asymmetric 3-D net).
 Every row is the outcome of ``caffe-lra`` commands, which are printed and kept with it in FOLDER/rows.jsonl; what is there
-is not run again. One thread, seed 0.
+is not run again. One thread. Another seed needs another folder; the table of several folders has the mean of their
+accuracies and the range, a row for each run that the first folder has.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ FINETUNE = (
     'net: "{net}"\ntype: "SGD"\nbase_lr: {rate}\nlr_policy: "{policy}"\nmomentum: 0.9\nweight_decay: {decay}\n'
     "max_iter: {iterations}\ntest_iter: {tests}\ntest_interval: {iterations}\nrandom_seed: {seed}\nsolver_mode: CPU\n"
 )
+IMAGES = 30_000  # CIFAR-10 images to train on
 STRENGTHS = {"l2": (0.0005, 0.001, 0.002), "l1": (0.0005, 0.001, 0.002)}
 CIFAR_STRENGTHS = {"l2": (0.002, 0.005, 0.01), "l1": (0.002, 0.005, 0.01)}
 RESNET_FORCES = ("none", "l2_0.001", "l2_0.0003", "l1_0.001")
@@ -54,8 +56,8 @@ MORE = {
 class Runs:
     """The commands of one folder, and the rows that they gave."""
 
-    def __init__(self, work: Path, shared: Path) -> None:
-        self.work, self.data, self.path = work, shared / "data", work / "rows.jsonl"
+    def __init__(self, work: Path, shared: Path, seed: int = 0) -> None:
+        self.work, self.data, self.path, self.seed = work, shared / "data", work / "rows.jsonl", seed
         work.mkdir(exist_ok=True)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
@@ -84,7 +86,7 @@ class Runs:
 
     def train(
         self, name: str, net: Path | str, iterations: int, rate: float, *options: str, decay: float = 0.0005,
-        images: Sequence[str] = (), tests: int = 100, drop: int | None = None, seed: int = 0,
+        images: Sequence[str] = (), tests: int = 100, drop: int | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Train a net; the row has test accuracy and ranks at the end, and the ranks at the start.
 
@@ -94,7 +96,7 @@ class Runs:
         def work() -> dict[str, Any]:
             solver = self.work / f"{name}.solver.prototxt"
             text = FINETUNE.format(
-                net=net, rate=rate, decay=decay, iterations=max(iterations, 1), tests=tests, seed=seed,
+                net=net, rate=rate, decay=decay, iterations=max(iterations, 1), tests=tests, seed=self.seed,
                 policy="fixed" if drop is None else "multistep",
             )  # fmt: skip
             solver.write_text(text + (f"gamma: 0.1\nstepvalue: {drop}\n" if drop is not None else ""))
@@ -212,7 +214,7 @@ def _baseline(runs: Runs, images: Sequence[str]) -> dict[str, Any]:
         "--threads",
         "1",
     ]
-    args += [*images, "--watch-ranks", "0.95"]
+    args += [*images, "--watch-ranks", "0.95", "--seed", str(runs.seed)]
     found = runs.caffe_lra(*args)
     tested = runs.train(
         "lenet_test", LENET, 0, 0.005, "--weights", "lenet_iter_2000.caffemodel", images=images
@@ -368,7 +370,7 @@ def _resnet_files(runs: Runs) -> tuple[str, str]:
 
 
 def asymmetric(runs: Runs) -> None:
-    """Asymmetric 3-D at 3x of the convolutions of the trained ConvNet, and fine-tuning by a small rate."""
+    """Asymmetric 3-D at 3x of the convolutions of the trained ConvNet, and five epochs of fine-tuning by a small rate."""
     images = runs.cifar()
     trained = runs.data / "models" / "cifar_v2_yuvval"
     weights = str(trained / "cifar10_full_iter_70000.caffemodel")
@@ -380,7 +382,8 @@ def asymmetric(runs: Runs) -> None:
     given: dict[str, Any] = {"images": images, "tests": 10, "decay": 0.004}
     small = ("--weights", "cifar_3d.caffemodel")
     runs.train("cifar_3d_test", "cifar_3d.prototxt", 0, 1e-5, *small, **given)
-    runs.train("cifar_3d_tuned", "cifar_3d.prototxt", 300, 1e-5, *small, **given)
+    epochs, batch = 5, 100
+    runs.train("cifar_3d_tuned", "cifar_3d.prototxt", epochs * IMAGES // batch, 1e-5, *small, **given)
 
 
 SECTIONS = {
@@ -400,32 +403,45 @@ SECTIONS = {
 }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a row a run."""
+def table(folders: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Markdown, a row a run of the first folder; of several folders the mean accuracy and MACs, and the range."""
     lines = [
-        "| run | iterations | seconds | accuracy | ranks before | ranks after | MACs |",
-        "|---|---|---|---|---|---|---|",
+        "| run | iterations | seeds | seconds | accuracy | ranks before | ranks after | MACs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        before, after = (_ranks(row.get(key, {})) for key in ("before", "after"))
-        after = after or _ranks(row.get("ranks", {}))
-        accuracy_ = "" if row.get("accuracy") is None else f"{row['accuracy']:.4f}"
-        speedup = f"{row['speedup']['macs']:.2f}x" if "speedup" in row else ""
+    for first in folders[0]:
+        rows = [row for folder in folders for row in folder if row["name"] == first["name"]]
         cells = (
-            row["name"],
-            str(row.get("iterations", "")),
-            f"{row['seconds']:.0f}",
-            accuracy_,
-            before,
-            after,
-            speedup,
+            first["name"],
+            str(first.get("iterations", "")),
+            str(len(rows)),
+            f"{np.mean([row['seconds'] for row in rows]):.0f}",
+            _mean([row["accuracy"] for row in rows if row.get("accuracy") is not None], 4),
+            _ranks([row.get("before", {}) for row in rows]),
+            _ranks([row.get("after") or row.get("ranks", {}) for row in rows]),
+            _mean([row["speedup"]["macs"] for row in rows if "speedup" in row], 2),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _ranks(found: dict[str, Any]) -> str:
-    return " ".join(str(value) for key, value in found.items() if key != "iteration")
+def _mean(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    said = f"{np.mean(values):.{digits}f}"
+    return said if len(values) == 1 else f"{said} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _ranks(found: Sequence[dict[str, Any]]) -> str:
+    """By layer the rank, and its range where seeds differ."""
+    cells = []
+    for key in found[0]:
+        if key == "iteration":
+            continue
+        values = sorted(np.ravel([one[key] for one in found if key in one]).tolist())
+        same = values[0] == values[-1]
+        cells.append(str(values[0]) if same else f"{values[0]}-{values[-1]}")
+    return " ".join(cells)
 
 
 def main() -> int:
@@ -434,15 +450,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []])
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is made")
+    parser.add_argument("--work", type=Path, nargs="+", required=True, help="folder for what is made")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--table", action="store_true")
     o = parser.parse_args()
-    runs = Runs(o.work.resolve(), o.shared.resolve())
-    for name in o.sections:
-        SECTIONS[name](runs)
+    folders = [Runs(work.resolve(), o.shared.resolve(), o.seed) for work in o.work]
+    for runs in folders:
+        for name in o.sections:
+            SECTIONS[name](runs)
     if o.table:
-        print(table(runs.rows))
+        print(table([runs.rows for runs in folders]))
     return 0
 
 
