@@ -204,7 +204,7 @@ class TorchNet:
     ) -> tuple[Tensor, ...]:
         node = step.node
         if step.forward is None:
-            return tuple(feeds[name].to(self.device) for name in node.layer.tops)
+            return tuple(_laid_out(feeds[name].to(self.device)) for name in node.layer.tops)
         inputs = [
             values[value].detach() if i in step.stopped else values[value]
             for i, value in enumerate(node.inputs)
@@ -222,6 +222,11 @@ class TorchNet:
 
     def _blobs(self, step: _Step) -> list[Tensor]:
         return [self.learnt[key].reshape(shape) for key, shape in zip(step.keys, step.shapes, strict=True)]
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """Images with their channels last in memory, where torch's pooling and convolutions are faster; layers keep it."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _top_names(node: Node, count: int) -> tuple[str, ...]:
