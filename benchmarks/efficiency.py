@@ -8,7 +8,8 @@ Of every place in a net, equal ones once, the chain of every rank that is a mult
 of a few odd ones, is measured for every scheme. From these and the layers as they are:
 
 - by time: the plan that loses the least energy within a time, at the time where it has 1 / R of the MACs (found by
-  halving; the saving it has is printed). It chooses as ``decompose --cost latency`` does, by its own few times.
+  halving; the saving it has is printed). It chooses as ``decompose --cost latency`` does, by its own few times, those
+  that decide measured anew where they are noisy.
 - best: of all measured chains the ones that take the least time and save no more MACs than that plan (allocated
   with a bound: no choice is faster than the best by more than the gap).
 - by MACs, multiples of 16: the plan that loses the least energy within 1 / R of the MACs.
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -211,7 +213,8 @@ def study(
         layer += [Option(plans.macs(target, one), one.cost, one.key) for one in more if one.key not in known]
     dense = sum(layer[0].loss for layer in everything)
     for speedup in speedups:
-        planned = by_time(targets, timed, speedup)
+        choose = partial(by_time, targets, speedup=speedup)
+        planned = plans.settled(targets, prices, schemes, losses, choose)
         best, gap = fastest(everything, sum(map(plans.macs, targets, planned)))
         chosen = {"by time": planned, "best": best}
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from lra.latency import Latency
 from lra.latency_plan import Prices
 from lra.latency_probe import as_is, kernels, side_by_side
 from lra.options import pairs, singles
+from lra.planner import SETTLINGS
 from lra.ranks import Option
 from lra.schemes import ALL_SCHEMES, Scheme
 from lra.schemes.asymmetric3d import ASYMMETRIC_3D
@@ -115,6 +116,18 @@ def time_options(
 ) -> list[list[Option]]:
     """The same with costs in seconds."""
     return [prices.options(target, offered(target, schemes), losses) for target in targets]
+
+
+def settled(
+    targets: Sequence[Target], prices: Prices, schemes: Sequence[Scheme], losses: Losses,
+    choose: Callable[[list[list[Option]]], list[Option]],
+) -> list[Option]:  # fmt: skip
+    """What is chosen by time, as `decompose` does: noisy times that decide are measured anew, and it is chosen again."""
+    for left in reversed(range(SETTLINGS + 1)):
+        chosen = choose(time_options(targets, prices, schemes, losses))
+        if not left or not prices.settle(list(zip(targets, chosen, strict=True))):
+            break
+    return chosen
 
 
 def turned(options: Sequence[Sequence[Option]]) -> list[list[Option]]:

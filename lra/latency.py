@@ -16,7 +16,7 @@ import numpy as np
 from caffe_proto.errors import FileError, UsageError
 from caffe_proto.latency import Subject
 from caffe_proto.latency import measure as time_side_by_side
-from caffe_proto.onnx_export import to_onnx
+from caffe_proto.onnx_export import Export, to_onnx
 from caffe_proto.runtime import Engine
 
 from .decomposition import StepShape
@@ -29,6 +29,7 @@ _BESIDE = 4  # nets that run in turn beside the net as it is
 _ROUNDS = 5
 _PASSES, _MORE = 2, 2  # over everything; over what is still noisy
 _QUIET = 0.03  # noise with which a time is taken
+_AGAIN = 24  # rounds of what a plan has chosen, more than any other chain is measured for
 _APART = 2  # standard errors by which sums of times must differ
 DOUBTFUL = 0.1  # noise of one time in ten at which ranks cannot be told apart
 _NO_BLOCK = 8  # ranks apart where onnxruntime's kernels have no blocks
@@ -59,6 +60,7 @@ class Latency:
             )  # fmt: skip
         self.drawing = Drawing.of(found)
         self.table = Table.load(machine(self.engine), Path(path) if path is not None else default_path())
+        self.measuring = False  # whether anything was
         self._used: dict[Pair, Measured] = {}
 
     @property
@@ -72,12 +74,23 @@ class Latency:
         return float(np.quantile([one.noise for one in self._used.values()], 0.9)) if self._used else 0.0
 
     @property
+    def block(self) -> int:
+        """Channels that fill a block of the kernels."""
+        if not self.table.block:
+            self.table.block = kernels(self.engine).block
+        return self.table.block if self.table.block > 1 else _NO_BLOCK
+
+    @property
     def doubt(self) -> str | None:
         """Why the times are not to be trusted, None where they are."""
-        if self.noise < DOUBTFUL:
+        return self.doubt_of(self.noise)
+
+    def doubt_of(self, noise: float) -> str | None:
+        """The same of times of such noise."""
+        if noise < DOUBTFUL:
             return None
         return (
-            f"the times scatter by {self.noise:.0%}: something else runs on this machine, and ranks that are close "
+            f"the times scatter by {noise:.0%}: something else runs on this machine, and what is close "
             f"in time cannot be told apart; measure again when it is quiet (remove {self.table.path})"
         )
 
@@ -114,7 +127,16 @@ class Latency:
             for rank in self.ranks(target, scheme)
         }
         step = lcm(unit, round_to)
-        return [(rank, interpolate(points, rank // unit)) for rank in range(step, top * unit + 1, step)]
+        return [
+            (
+                rank,
+                self.seconds(target, chain)
+                if self._settled((self.drawing.place(target), chain))
+                else interpolate(points, rank // unit),
+            )
+            for rank in range(step, top * unit + 1, step)
+            for chain in (_chain(target, scheme, rank),)
+        ]
 
     def ranks(self, target: Target, scheme: Scheme) -> list[int]:
         """The ranks whose chains `measure` times; `options` interpolates between them."""
@@ -152,7 +174,7 @@ class Latency:
         step: Callable[[], None] = lambda: None,
     ) -> None:
         """Measure layers as they are and, by layer name, chains in their places, where the table does not hold them."""
-        sites = {target.name: (self.drawing.place(target), as_is(target)) for target in targets}
+        sites = self._sites(targets)
         missing = {
             (sites[target.name], chain): None
             for target in targets
@@ -162,8 +184,8 @@ class Latency:
         if not missing and self.drawing.fingerprint in self.table.nets:
             return
         self.table.write()  # where it cannot be written, this is said before the work
-        known = {site: found.seconds for site in sites.values() if (found := self.table.get(*site))}
-        log, overhead = _Log(sites, known), kernels(self.engine).overhead
+        self.measuring = True
+        log, overhead = _Log(sites, self._known(sites)), kernels(self.engine).overhead
         whole_known = self.drawing.fingerprint in self.table.nets
         left = list(missing)
         for passed in range(_PASSES + _MORE):
@@ -185,24 +207,65 @@ class Latency:
             self.table.nets[self.drawing.fingerprint] = log.whole()
         self.table.write()
 
-    def trial(self, chosen: Choice, runs: int = 20) -> tuple[float, float]:
-        """Seconds of the whole net by the clock, as it is and with chains in the places of layers.
+    def settle(self, targets: Sequence[Target], chosen: Mapping[str, Chain]) -> bool:
+        """Measure anew what a plan has chosen, by layer name, as far as it was not; whether anything was.
 
-        Both run in turn; the second is the first times the median of the ratios, so that a noisy moment hits both.
+        Of many noisy times the least is less than it seems, so those that were chosen for it no longer count.
+        Where the times are quiet there is nothing to settle.
+        """
+        if self.noise <= _QUIET:
+            return False
+        sites = self._sites(targets)
+        left = [
+            pair
+            for pair in dict.fromkeys((sites[name], chain) for name, chain in chosen.items())
+            if not self._settled((pair[0][0], pair[1]))
+        ]
+        log, overhead = _Log(sites, self._known(sites)), kernels(self.engine).overhead
+        for net in _nets(left, targets, sites):
+            log.add([net], *side_by_side(self.drawing, [net], self.engine, overhead, _AGAIN))
+        measured = log.measured()
+        for (place, _), chain in left:
+            self.table.put(place, chain, measured[place, chain])
+        if left:
+            self.table.write()
+        return bool(left)
+
+    def _settled(self, pair: Pair) -> bool:
+        """Whether a chain was measured as often as what plans choose."""
+        found = self.table.get(*pair)
+        return found is not None and found.runs >= _AGAIN
+
+    def _sites(self, targets: Sequence[Target]) -> dict[str, Pair]:
+        """By layer name its place, and the layer as it is."""
+        return {target.name: (self.drawing.place(target), as_is(target)) for target in targets}
+
+    def _known(self, sites: Mapping[str, Pair]) -> dict[Pair, float]:
+        """Seconds of layers as they are that the table holds."""
+        return {site: found.seconds for site in sites.values() if (found := self.table.get(*site))}
+
+    def trial(self, chosen: Choice, runs: int = 20) -> tuple[float, float]:
+        """Seconds of the whole net by the clock, as it is and with chains in the places of layers."""
+        before, (after,) = self.beside([self.drawing.variant(chosen)], runs)
+        return before.seconds, after.seconds
+
+    def beside(self, others: Sequence[Export], runs: int) -> tuple[Measured, list[Measured]]:
+        """Seconds of the whole net by the clock, as it is, and of other nets that run in turn with it.
+
+        Theirs are the first times the median of the ratios, so that a noisy moment hits all; so is their noise.
         """
         subjects = [
-            Subject(name, to_onnx(self.drawing.variant(choice)).SerializeToString())
-            for name, choice in (("as it is", {}), ("with chains", chosen))
+            Subject(f"net {i}", to_onnx(export).SerializeToString())
+            for i, export in enumerate((self.drawing.variant({}), *others))
         ]
-        before, after = time_side_by_side(subjects, self.engine, runs=runs, warmup=2)
-        ratio = float(np.median(np.divide(after.runs, before.runs)))
-        return before.median / 1e3, before.median / 1e3 * ratio
+        first, *rest = time_side_by_side(subjects, self.engine, runs=runs, warmup=2)
+        before = Measured.of(np.divide(first.runs, 1e3).tolist())
+        ratios = [np.divide(one.runs, first.runs) for one in rest]
+        return before, [Measured.of((before.seconds * ratio).tolist()) for ratio in ratios]
 
     def unit(self, target: Target) -> int:
         """Ranks that fill a block of the kernels in every group."""
-        if not self.table.block:
-            self.table.block = kernels(self.engine).block
-        return target.geometry.group * (self.table.block if self.table.block > 1 else _NO_BLOCK)
+        return target.geometry.group * self.block
 
     def _blocks(self, target: Target, scheme: Scheme) -> tuple[int, int]:
         """Ranks a block in every group, and the blocks up to which a chain has fewer MACs than the layer."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite, lcm
+from typing import cast
 
 from caffe_proto.runtime import Engine
 
 from .latency import DOUBTFUL, Latency
 from .latency_table import Chain, conditions
-from .plan import Predicted
+from .plan import Predicted, Timed
 from .ranks import Option
-from .schemes import Scheme
+from .schemes import ALL_SCHEMES, Scheme
 from .schemes.asymmetric3d import ASYMMETRIC_3D, merges
 from .schemes.spatial import SPATIAL, SPATIAL_HV
 from .targets import Target
@@ -68,6 +69,25 @@ class Prices:
                 offered = scheme is not SPATIAL_HV or target.name not in slower
                 priced = self._priced(target, scheme) if offered else ()
                 self._found[target.name, scheme.name] = list(priced)
+
+    def settle(self, chosen: Sequence[tuple[Target, Option]]) -> bool:
+        """Measure anew what was chosen of `options`, see `Latency.settle`, and price it so; whether anything was.
+
+        ``chosen``: all layers that were priced. Then the choice is to be made again.
+        """
+        chains = {
+            target.name: ALL_SCHEMES[name].chain(target.shape, target.geometry, ranks)
+            for target, option in chosen
+            if option.key is not None
+            for name, ranks in (cast(tuple[str, Ranks], option.key),)
+        }
+        if not self.latency.settle([target for target, _ in chosen], chains):
+            return False
+        for target, _ in chosen:
+            for (name, scheme), found in self._found.items():
+                if name == target.name and found:
+                    self._found[name, scheme] = list(self._priced(target, ALL_SCHEMES[scheme]))
+        return True
 
     def _slower_turned(self, targets: Sequence[Target], step: Callable[[], None]) -> set[str]:
         """The layers where H first is no faster than V first at a few ranks; of the others all its ranks are measured."""
@@ -162,12 +182,14 @@ class Prices:
         """The net's time before and after, where the layers ``chosen`` take so many seconds."""
         costs = [(target, chosen[target.name]) for target in targets if target.name in chosen]
         before, after = self.latency.net, self.latency.predict(costs)
-        return Predicted(
-            (_ms(before), _ms(after)),
-            float(f"{max(gap, 0.0):.3g}"),
-            float(f"{self.latency.noise:.2g}"),
-            conditions(self.latency.engine),
-        )
+        timed = record((before, after), self.latency.noise, self.latency.engine)
+        return Predicted(timed.ms, timed.noise, timed.measured_on, float(f"{max(gap, 0.0):.3g}"))
+
+
+def record(seconds: tuple[float, float], noise: float, engine: Engine) -> Timed:
+    """What a plan says of a net's times before and after, measured here."""
+    before, after = seconds
+    return Timed((_ms(before), _ms(after)), float(f"{noise:.2g}"), conditions(engine))
 
 
 def _ms(seconds: float) -> float:
@@ -175,7 +197,7 @@ def _ms(seconds: float) -> float:
     return float(f"{1e3 * seconds:.5g}")
 
 
-def foreign(predicted: Predicted, engine: Engine | None = None) -> tuple[str, ...]:
+def foreign(predicted: Timed, engine: Engine | None = None) -> tuple[str, ...]:
     """Why a plan's times may not hold here: measured elsewhere, or in noise. ``engine``: None where it is not known."""
     found = []
     here, there = conditions(engine or Engine()), predicted.measured_on
@@ -185,12 +207,12 @@ def foreign(predicted: Predicted, engine: Engine | None = None) -> tuple[str, ..
         theirs, mine = (", ".join(f"{key} {one.get(key)}" for key in other) for one in (there, here))
         found.append(
             f"the plan's times were measured elsewhere ({theirs}; here {mine}): "
-            "other ranks may be faster here, make the plan anew"
+            "another choice may be faster here, make the plan anew"
         )
     if predicted.noise >= DOUBTFUL:
         found.append(
             f"the plan's times scatter by {predicted.noise:.0%}: something else ran on the machine; "
-            "ranks that are close in time could not be told apart"
+            "what is close in time could not be told apart"
         )
     return tuple(found)
 

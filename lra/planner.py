@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import floor, fsum, inf, log10
+from math import fsum, inf
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -45,6 +45,7 @@ SELECTIONS = ("exact", "measured", "paper", "uniform")
 RULES = ("paper", "uniform")
 MEASURED = ("spatial", "response", "asymmetric-3d")
 COSTS = ("macs", "latency")
+SETTLINGS = 4  # times that a choice by noisy times is measured anew
 EXCEPTED = "excepted"
 _OTHER_ORDER = "use the scheme spatial, or --style default"
 RankConfig = Mapping[str, Any]
@@ -420,23 +421,39 @@ class _Job:
             if self.selection in RULES:
                 return self._by_rule(targets, speedup, fixed, budget)
             tied = _tied(targets)
-            options = [_alike([self.options(target) for target in group]) for group in tied]
-            chosen = policy.allocate(options, budget - fixed)
+            options, chosen, pairs = self._allocated(tied, budget - fixed)
         except Infeasible as error:
             smallest = error.smallest + (0 if self.selection in RULES else fixed)
             where = {"all": "whole net", "conv": "convolutions", "eligible": "layers to decompose"}[scope]
             how, what = ("the smallest ranks", "MACs") if self.prices is None else ("best", "time")
             raise UsageError(
-                f"a speed-up of {speedup:g} of the {where} cannot be reached: at {how} it is {_below((total + saved) / smallest):.3g}",
+                f"a speed-up of {speedup:g} of the {where} cannot be reached: at {how} it is {policy.below((total + saved) / smallest):.3g}",
                 hint=f"the layers to decompose hold {eligible / self._totals(targets, 'all')[0]:.0%} of the {what}; "
                 "ask for less, or allow more layers (--fc, fewer --except)",
             ) from None
-        pairs = [(target, option) for group, option in zip(tied, chosen, strict=True) for target in group]
         if self.prices is not None:
             gap = fsum(one.loss for one in chosen) - policy.lower_bound(options, budget - fixed)
             costs = {target.name: self._seconds(target, option) for target, option in pairs}
             self.predicted = self.prices.predicted(costs, targets, gap)
         return self._planned(pairs)
+
+    def _allocated(
+        self, tied: list[list[Target]], budget: float
+    ) -> tuple[list[list[Option]], list[Option], list[tuple[Target, Option]]]:
+        """The ways to treat layers of the same weights, the best of them within a budget, and it by layer.
+
+        What was chosen by noisy times is measured anew, and chosen again, where this plan measures at all: one by
+        a table that holds everything takes no time.
+        """
+        for left in reversed(range(SETTLINGS + 1)):
+            options = [_alike([self.options(target) for target in group]) for group in tied]
+            chosen = policy.allocate(options, budget)
+            pairs = [(target, one) for group, one in zip(tied, chosen, strict=True) for target in group]
+            if self.prices is None or not left or not self.prices.latency.measuring:
+                break
+            if not self.prices.settle(pairs):
+                break
+        return options, chosen, pairs
 
     def _totals(self, targets: list[Target], scope: str) -> tuple[float, float]:
         """The cost that a speed-up counts, and what the targets have of it."""
@@ -674,12 +691,6 @@ def _alike(layers: list[list[Option]]) -> list[Option]:
     common = [key for key in found[0] if all(key in options for options in found)]
     groups = [[options[key] for options in found] for key in common]
     return [Option(sum(o.cost for o in same), sum(o.loss for o in same), same[0].key) for same in groups]
-
-
-def _below(ratio: float) -> float:
-    """A ratio rounded down to three digits, so that it can be asked for."""
-    unit = 10.0 ** (floor(log10(ratio)) - 2)
-    return floor(ratio / unit) * unit
 
 
 def _positions(target: Target) -> int:

@@ -504,3 +504,68 @@ def test_lenet_measured_here(
     assert found["speedup"]["latency_predicted"] >= 1.02 * (1 - 1e-4)
     machines = json.loads(Path("t.json").read_text())["machines"]
     assert list(machines) == [machine(ENGINE)]
+
+
+def made_up(monkeypatch: pytest.MonkeyPatch, truth: Seconds) -> list[int]:
+    """Runs that take what ``truth`` says, the second of them in a moment twice as slow; the rounds asked for."""
+    asked: list[int] = []
+
+    def side_by_side(drawing, choices, engine, overhead, rounds):  # type: ignore[no-untyped-def]
+        asked.append(rounds)
+        named = {name: target for choice in choices for name, (target, _) in choice.items()}
+        slow = [2.0 if i == 1 else 1.0 for i in range(rounds)]
+        plain = [{name: by * truth(as_is(one)) for name, one in named.items()} for by in slow]
+        others = [
+            [{name: by * truth(chain) for name, (_, chain) in choice.items()} for by in slow]
+            for choice in choices
+        ]
+        return plain, others
+
+    monkeypatch.setattr("lra.latency.side_by_side", side_by_side)
+    return asked
+
+
+def test_what_noisy_times_decide_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chain of a was measured a thousand times too fast: it is chosen, measured anew, and then is not."""
+    found = find(MODEL)
+    a = found.targets["a"]
+    lucky = ALL_SCHEMES["spatial"].chain(a.shape, a.geometry, (28,))
+
+    def seen(chain: Chain) -> float:
+        return stairs(chain) / (1000 if chain == lucky else 1)
+
+    made_up(monkeypatch, stairs)
+    true = planned(table(tmp_path / "true.json"), speedup=1.3)
+    path = table(tmp_path / "t.json", seconds=seen, noise=0.08)
+    latency = Latency(found, ENGINE, path)
+    fooled = lra.make_plan(MODEL, cost="latency", latency=latency, speedup=1.3)
+    assert fooled.layers["a"].ranks == (28,) and not latency.measuring  # by the table alone
+    latency.measuring = True
+    settled = lra.make_plan(MODEL, cost="latency", latency=latency, speedup=1.3)
+    assert {name: (one.scheme, one.ranks) for name, one in settled.layers.items()} == {
+        name: (one.scheme, one.ranks) for name, one in true.layers.items()
+    }
+    kept = Latency(found, ENGINE, path)
+    assert kept.seconds(a, lucky) == pytest.approx(stairs(lucky)) and kept.table.get(
+        kept.drawing.place(a), lucky
+    ) == Measured(pytest.approx(stairs(lucky)), 0.0, 24)  # type: ignore[arg-type]
+    assert planned(path, speedup=1.3).layers == settled.layers
+
+
+def test_what_was_settled_is_not_measured_again_and_quiet_times_need_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = made_up(monkeypatch, stairs)
+    found = find(MODEL)
+    for noise, rounds in ((0.03, []), (0.05, [24])):
+        latency = Latency(found, ENGINE, table(tmp_path / f"{noise}.json", noise=noise))
+        targets = list(found.targets.values())
+        chains = {one.name: ALL_SCHEMES["pca"].chain(one.shape, one.geometry, (16,)) for one in targets[:2]}
+        for target in targets:
+            latency.seconds(target)
+        assert latency.settle(targets, chains) == bool(rounds)
+        assert not latency.settle(targets, chains)
+        assert asked == rounds
+        for target in targets[:2]:
+            got = latency.seconds(target, chains[target.name])
+            assert got == pytest.approx(stairs(chains[target.name]))
