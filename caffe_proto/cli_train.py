@@ -39,7 +39,12 @@ def train_command(
     @click.command(name="train")
     @click.argument("solver")
     @click.option("--weights", multiple=True, metavar="W", help="Fine-tune from a caffemodel; repeatable.")
-    @click.option("--snapshot", "state", metavar="STATE", help="Go on from a .solverstate.npz.")
+    @click.option(
+        "--snapshot",
+        "state",
+        metavar="STATE",
+        help="Go on from a .solverstate.npz, or from Caffe's own .solverstate or .solverstate.h5.",
+    )
     @click.option(
         "--data",
         metavar="SRC",
@@ -48,6 +53,12 @@ def train_command(
     )
     @click.option("--test-data", metavar="SRC", help="Images to test on, over what the test nets name.")
     @click.option("--root", metavar="FOLDER", help="Folder of the paths of list files given as SRC.")
+    @click.option(
+        "--caffe-state",
+        is_flag=True,
+        help="With each snapshot also write PREFIX_iter_N.solverstate, for Caffe to go on from; .solverstate.h5"
+        " where snapshot_format is HDF5.",
+    )
     @click.option(
         "-o", "--output", metavar="PREFIX", help="Where snapshots go; default: the solver's snapshot_prefix."
     )
@@ -69,7 +80,7 @@ def train_command(
     @json_option
     def train(
         solver: str, weights: tuple[str, ...], state: str | None, data: str | None, test_data: str | None,
-        root: str | None, output: str | None, device: str | None, max_iter: int | None, seed: int | None,
+        root: str | None, caffe_state: bool, output: str | None, device: str | None, max_iter: int | None, seed: int | None,
         threads: int, as_json: bool, **asked: Any,
     ) -> None:  # fmt: skip
         """Train the net that SOLVER names, as Caffe does, and write snapshots.
@@ -94,7 +105,7 @@ def train_command(
         silent = as_json or not described.display
         with asked_to_stop() as stop, _progress(described.max_iter if silent else 0) as tick:
             request = running.Request(
-                weights, state, data, test_data, root, chosen, seed, hooks, printer, tick, stop
+                weights, state, data, test_data, root, chosen, seed, hooks, printer, tick, stop, caffe_state
             )
             result = running.train(described, request)
         printer.close(result, hooks)
@@ -154,7 +165,8 @@ class Printer:
             return
         if isinstance(event, Saved):
             net = "" if event.net is None else f", the net as it is now to {event.net}"
-            click.echo(f"Snapshotting to {event.weights} and {event.state}{net}")
+            caffe = "" if event.caffe is None else f", for Caffe to {event.caffe}"
+            click.echo(f"Snapshotting to {event.weights} and {event.state}{caffe}{net}")
         elif isinstance(event, Display):
             speed = f"{event.per_second:.4g} iter/s"
             click.echo(
@@ -209,7 +221,8 @@ def _print_outputs(what: str, event: Display | Tested) -> None:
 
 def _files_json(saved: Saved) -> dict[str, str]:
     net = {} if saved.net is None else {"prototxt": str(saved.net)}
-    return {"weights": str(saved.weights), "state": str(saved.state), **net}
+    caffe = {} if saved.caffe is None else {"caffe_state": str(saved.caffe)}
+    return {"weights": str(saved.weights), "state": str(saved.state), **caffe, **net}
 
 
 def _test_json(test: Tested) -> dict[str, Any]:

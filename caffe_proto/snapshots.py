@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import files, schema
+from . import caffe_state, files, schema
+from .caffe_state import CaffeState
 from .errors import FileError
 from .net import Net
 from .weights import Weights
@@ -29,7 +30,8 @@ Key = tuple[str, int]
 class State:
     """A solver between two iterations; ``iteration`` is the next one, ``tests`` the batches each test net has seen.
 
-    ``outputs``: the num_output of layers that have another by now than the net's file says.
+    ``outputs``: the num_output of layers that have another by now than the net's file says. ``steps``: Caffe's
+    current_step; None where the state does not know it.
     """
 
     iteration: int
@@ -41,6 +43,7 @@ class State:
     outputs: Mapping[str, int]
     history: Mapping[Key, tuple[np.ndarray, ...]]
     carried: Mapping[str, np.ndarray]
+    steps: int | None = None
 
 
 def names(prefix: str, iteration: int, *, hdf5: bool) -> tuple[Path, Path]:
@@ -55,9 +58,16 @@ def net_name(prefix: str, iteration: int, outputs: Mapping[str, int]) -> Path | 
 
 
 def save(
-    prefix: str, weights: Weights, net: Net, state: State, *, hdf5: bool, inputs: Iterable[str | Path | None]
+    prefix: str,
+    weights: Weights,
+    net: Net,
+    state: State,
+    *,
+    hdf5: bool,
+    inputs: Iterable[str | Path | None],
+    caffe: CaffeState | None = None,
 ) -> tuple[Path, Path]:
-    """Write the weights of a net, and the state: both or neither; returns their paths.
+    """Write the weights of a net, and the state, for Caffe too where asked: all or nothing; returns two paths.
 
     Where layers changed their outputs, the net as it is by now goes beside them, ``PREFIX_iter_N.prototxt``.
 
@@ -65,13 +75,16 @@ def save(
     """
     paths = names(prefix, state.iteration, hdf5=hdf5)
     changed = net_name(prefix, state.iteration, state.outputs)
-    with files.writing([*paths, *([changed] if changed else [])], inputs) as (
-        model_file,
-        state_file,
-        *net_files,
-    ):
-        for net_file in net_files:
-            net_file.write_bytes(files.text_bytes(net.text))
+    targets = [*paths]
+    if caffe is not None:
+        targets.append(caffe_state.name_of(prefix, state.iteration, hdf5=hdf5))
+    if changed is not None:
+        targets.append(changed)
+    with files.writing(targets, inputs) as (model_file, state_file, *more):
+        if changed is not None:
+            more.pop().write_bytes(files.text_bytes(net.text))
+        if caffe is not None:
+            caffe.write(more.pop(), hdf5=hdf5)
         if hdf5:
             weights.write_hdf5(model_file)
         else:
@@ -92,6 +105,7 @@ def _arrays(state: State) -> dict[str, np.ndarray]:
         "weights": state.weights,
         "tests": state.tests,
         "outputs": dict(state.outputs),
+        "steps": state.steps,
     }
     made = {"about": np.array(json.dumps(about)), "losses": np.array(state.losses, np.float64)}
     for (layer, blob), slots in state.history.items():
@@ -121,6 +135,7 @@ def load(path: str | Path) -> State:
         return State(
             int(about["iteration"]), str(about["kind"]), int(about["seed"]), str(about["weights"]),
             tuple(about["tests"]), tuple(map(float, losses)), dict(about["outputs"]), history, carried,
+            None if about.get("steps") is None else int(about["steps"]),
         )  # fmt: skip
     except OSError as error:
         raise files.unreadable(path, error) from error

@@ -29,7 +29,10 @@ _WITHOUT_MOMENTUM = ("AdaGrad", "RMSProp")
 
 @dataclass(frozen=True)
 class Rates:
-    """The learning rate's policy and its settings, as the solver file names them."""
+    """The learning rate's policy and its settings, as the solver file names them.
+
+    ``resumed_at``, ``resumed_steps``: where training went on, and Caffe's current_step there.
+    """
 
     policy: str
     base_lr: float = 0.0
@@ -38,6 +41,8 @@ class Rates:
     stepsize: int = 0
     stepvalues: tuple[int, ...] = ()
     max_iter: int = 0
+    resumed_at: int = 0
+    resumed_steps: int = 0
 
     def at(self, iteration: int) -> float:
         """The learning rate of an iteration, counted from 0.
@@ -51,24 +56,28 @@ class Rates:
     def _factor(self, iteration: int) -> float:
         if self.policy == "fixed":
             return 1.0
-        if self.policy == "step":
-            return float(self.gamma ** (iteration // self.stepsize))
+        if self.policy in ("step", "multistep"):
+            return float(self.gamma ** self.steps_passed(iteration))
         if self.policy == "exp":
             return float(self.gamma**iteration)
         if self.policy == "inv":
             return float((1 + self.gamma * iteration) ** -self.power)
-        if self.policy == "multistep":
-            return float(self.gamma ** self.steps_passed(iteration))
         if self.policy == "poly":
             return float(max(0.0, 1 - iteration / self.max_iter) ** self.power)
         return float(1 / (1 + math.exp(-self.gamma * (iteration - self.stepsize))))
 
     def steps_passed(self, iteration: int) -> int:
-        """How many stepvalues lie behind: they are taken in their order, at most one an iteration."""
-        passed, last = 0, -1
-        for value in self.stepvalues:
-            last = max(value, last + 1)
-            passed += last <= iteration
+        """Caffe's current_step: with lr_policy step how many stepsizes lie behind, with multistep how many stepvalues.
+
+        Stepvalues are taken in their order, at most one an iteration. Other policies leave the number as it was.
+        """
+        if self.policy == "step":
+            return iteration // self.stepsize
+        passed, last = self.resumed_steps, self.resumed_at - 1
+        if self.policy == "multistep":
+            for value in self.stepvalues[passed:]:
+                last = max(value, last + 1)
+                passed += last <= iteration
         return passed
 
 

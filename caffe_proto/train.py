@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import snapshots, solver, weights
+from . import caffe_state, snapshots, solver, weights
+from .caffe_state import CaffeState
 from .errors import FileError, UsageError, WeightsError
 from .graph import build
+from .layers.spec import Shape
 from .net import Net
 from .outputs import with_outputs
 from .peers import connect, world
@@ -106,12 +108,14 @@ class Saved:
     """A snapshot was written; training goes on from ``state`` as if it had not stopped.
 
     ``net``: the net of ``weights``, where layers have another number of outputs than the solver's net says.
+    ``caffe``: the state that Caffe goes on from, where it was asked for.
     """
 
     iteration: int
     weights: Path
     state: Path
     net: Path | None = None
+    caffe: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,10 @@ Event = Display | Tested | Saved | Resized
 class Request:
     """How a solver is run.
 
-    ``weights``: files to fine-tune from. ``state``: a snapshot to go on from. ``data`` and ``test_data`` stand
-    for what the nets' data layers name. ``hooks``: see ``Hook``. ``listen`` is told what happens, in the first
-    process, ``tick`` is called behind every iteration. ``stop`` is asked in each: training then ends behind it,
-    with a snapshot.
+    ``weights``: files to fine-tune from. ``state``: a snapshot to go on from, Caffe's own among them. ``data`` and
+    ``test_data`` stand for what the nets' data layers name. ``hooks``: see ``Hook``. ``listen`` is told what happens,
+    in the first process, ``tick`` is called behind every iteration. ``stop`` is asked in each: training then ends
+    behind it, with a snapshot. ``caffe_state``: snapshots hold a state that Caffe goes on from, too.
     """
 
     weights: Sequence[str] = ()
@@ -146,6 +150,7 @@ class Request:
     listen: Callable[[Event], None] = lambda _event: None
     tick: Callable[[], None] = lambda: None
     stop: Callable[[], bool] = lambda: False
+    caffe_state: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,11 +214,19 @@ class _Run:
     """One training: nets, data, histories, and where it stands."""
 
     def __init__(self, described: Solver, request: Request, peers: Peers, device: str) -> None:
-        self.solver, self.request, self.peers, self.device = described, request, peers, device
-        self.state = snapshots.load(request.state) if request.state else None
-        given = described.seed or 0 if request.seed is None else request.seed
-        self.seed = self.state.seed if self.state and request.seed is None else abs(given)
+        if request.weights and request.state:
+            raise UsageError("weights and a snapshot are both given", hint="a snapshot has its own weights")
+        self.request, self.peers, self.device = request, peers, device
+        given = abs(described.seed or 0 if request.seed is None else request.seed)
+        self.caffe = (
+            caffe_state.load(request.state)
+            if request.state and caffe_state.is_caffes(request.state)
+            else None
+        )
+        self.state = _stored(request.state, self.caffe, described, given)
+        self.seed = self.state.seed if self.state and request.seed is None else given
         self.iteration = self.state.iteration if self.state else 0
+        self.solver = _resumed(described, self.state)
         self.losses = deque(self.state.losses if self.state else (), described.average_loss)
         self.saved: Saved | None = None
         self.saved_before: Saved | None = None
@@ -245,8 +258,6 @@ class _Run:
             raise UsageError(
                 f"is a state of {state.kind}, the solver is {s.update.kind}", path=self.request.state
             )
-        if self.request.weights and state is not None:
-            raise UsageError("weights and a snapshot are both given", hint="a snapshot has its own weights")
         self.inputs = [*self._weight_files(), self.request.state, s.path, s.train.path]
         if not (s.snapshot or s.snapshot_after_train):
             return
@@ -260,12 +271,20 @@ class _Run:
         coming = {s.max_iter, *(range(0, s.max_iter + 1, s.snapshot) if s.snapshot else ())}
         inputs = {Path(path).resolve() for path in self.inputs if path}
         for iteration in coming:
-            for path in snapshots.names(s.snapshot_prefix, iteration, hdf5=s.hdf5):
+            for path in self._names(iteration):
                 if iteration > self.iteration and path.resolve() in inputs:
                     raise UsageError(
                         "would be overwritten by a snapshot, and it is an input", path=path,
                         hint="name another prefix",
                     )  # fmt: skip
+
+    def _names(self, iteration: int) -> list[Path]:
+        """The files of a snapshot: weights, state, and the state for Caffe where it is asked for."""
+        s = self.solver
+        names = [*snapshots.names(s.snapshot_prefix, iteration, hdf5=s.hdf5)]
+        if self.request.caffe_state:
+            names.append(caffe_state.name_of(s.snapshot_prefix, iteration, hdf5=s.hdf5))
+        return names
 
     def _weight_files(self) -> list[str]:
         if self.state is not None:
@@ -318,6 +337,8 @@ class _Run:
         if self.state is None:
             return {key: [torch.zeros_like(blob) for _ in range(slots)] for key, blob in self.trained.items()}
         found = self.state.history
+        if self.caffe is not None:
+            found = self.caffe.histories(self._learnt(), self.solver.update)
         for key, blob in self.trained.items():
             shapes = [array.shape for array in found.get(key, ())]
             if shapes != [tuple(blob.shape)] * slots:
@@ -327,6 +348,9 @@ class _Run:
         return {
             key: [torch.tensor(array, device=self.device) for array in found[key]] for key in self.trained
         }
+
+    def _learnt(self) -> dict[Key, Shape]:
+        return {key: tuple(blob.shape) for key, blob in self.net.learnt.items()}
 
     def train(self) -> Result:
         """Iterate to max_iter, or until asked to stop."""
@@ -507,26 +531,32 @@ class _Run:
         """Weights and state, by the first process; weights that are no numbers are not written."""
         if not all(bool(torch.isfinite(blob).all()) for blob in self.net.learnt.values()):
             raise self._diverged("a weight")
-        model, state = snapshots.names(self.solver.snapshot_prefix, self.iteration, hdf5=self.solver.hdf5)
+        model, state, *caffe = self._names(self.iteration)
         if self.peers.rank == 0:
+            made = self._state(model.name)
             snapshots.save(
                 self.solver.snapshot_prefix,
                 self.net.weights(),
                 self.net.net,
-                self._state(model.name),
+                made,
                 hdf5=self.solver.hdf5,
                 inputs=self.inputs,
+                caffe=self._for_caffe(made, str(model)) if caffe else None,
             )
         net = snapshots.net_name(self.solver.snapshot_prefix, self.iteration, self.outputs)
-        self.saved_before, self.saved = self.saved, Saved(self.iteration, model, state, net)
+        self.saved_before, self.saved = self.saved, Saved(self.iteration, model, state, net, *caffe)
         self._tell(self.saved)
 
     def _state(self, model: str) -> State:
         history = {key: tuple(slot.cpu().numpy() for slot in slots) for key, slots in self.history.items()}
         return State(
             self.iteration, self.solver.update.kind, self.seed, model, tuple(self.tested), tuple(self.losses), self.outputs,
-            history, self.net.carried(),
+            history, self.net.carried(), self.solver.rates.steps_passed(self.iteration - 1) if self.iteration else 0,
         )  # fmt: skip
+
+    def _for_caffe(self, state: State, model: str) -> CaffeState:
+        history = caffe_state.listed(state.history, self._learnt(), self.solver.update)
+        return CaffeState("", state.iteration, state.steps or 0, model, history)
 
     def _diverged(self, what: str) -> UsageError:
         good = self.saved
@@ -537,6 +567,24 @@ class _Run:
             f"{what} is no number any more in iteration {self.iteration}: training has diverged, {kept}",
             path=self.solver.path, hint="lower base_lr, or set clip_gradients",
         )  # fmt: skip
+
+
+def _stored(path: str | None, caffe: CaffeState | None, described: Solver, seed: int) -> State | None:
+    """What training goes on from; a state of Caffe knows no seed, no loss and no batch of the tests."""
+    if caffe is None:
+        return snapshots.load(path) if path else None
+    return State(
+        caffe.iteration, described.update.kind, seed, str(caffe.weights()), (0,) * len(described.tests), (), {},
+        {}, {}, caffe.steps,
+    )  # fmt: skip
+
+
+def _resumed(described: Solver, state: State | None) -> Solver:
+    """The solver whose learning rate goes on from the state's."""
+    if state is None or state.steps is None:
+        return described
+    rates = replace(described.rates, resumed_at=state.iteration, resumed_steps=state.steps)
+    return replace(described, rates=rates)
 
 
 def _tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Blobs = tuple[np.ndarray, ...]
 
 _LARGE = 2**16  # bytes from which a copy inside the kernel is worth its system call
-_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _LFS_MAGIC = b"version https://git-lfs"
 
 
@@ -108,20 +108,25 @@ class NewEntry(Entry):
         """Append the layer to a caffemodel, blob data streamed from the arrays."""
         dialect = self.dialect
         definition = self.definition or wire.encode_bytes(dialect.layer_name, text_bytes(self.name))
-        blobs = [(_blob_head(array), np.ascontiguousarray(array, "<f4")) for array in self.arrays]
-        sizes = [len(head) + array.nbytes for head, array in blobs]
-        total = len(definition) + sum(len(wire.header(dialect.blobs, size)) + size for size in sizes)
+        total = len(definition)
+        total += sum(len(_blob_head(dialect.blobs, array)) + 4 * array.size for array in self.arrays)
         file.write(wire.header(dialect.field, total) + definition)
-        for (head, array), size in zip(blobs, sizes, strict=True):
-            file.write(wire.header(dialect.blobs, size) + head)
-            file.write(array.reshape(-1).view(np.uint8).data)
+        for array in self.arrays:
+            write_blob(file, dialect.blobs, array)
 
 
-def _blob_head(array: np.ndarray) -> bytes:
-    """A BlobProto up to the numbers themselves: BlobShape, then the tag and length of packed data."""
+def write_blob(file: IO[bytes], number: int, array: np.ndarray) -> None:
+    """Append an array as a BlobProto in the field of this number."""
+    file.write(_blob_head(number, array))
+    file.write(np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data)
+
+
+def _blob_head(number: int, array: np.ndarray) -> bytes:
+    """A field of BlobProto up to the numbers themselves: BlobShape, then the tag and length of packed data."""
     dims = b"".join(wire.encode_varint(dim) for dim in array.shape)
     shape = wire.encode_bytes(1, dims) if dims else b""
-    return wire.encode_bytes(_SHAPE, shape) + wire.header(_DATA, 4 * array.size)
+    head = wire.encode_bytes(_SHAPE, shape) + wire.header(_DATA, 4 * array.size)
+    return wire.header(number, len(head) + 4 * array.size) + head
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class MappedEntry(Entry):
     @cached_property
     def blobs(self) -> Blobs:
         try:
-            return tuple(_read_blob(self.buffer, start, end) for start, end in self.blob_spans)
+            return tuple(read_blob(self.buffer, start, end) for start, end in self.blob_spans)
         except ValueError as error:  # a WireError is one
             raise CaffemodelError(str(error), path=self.path, layer=self.name) from error
 
@@ -154,7 +159,7 @@ class Hdf5Entry(Entry):
     @cached_property
     def blobs(self) -> Blobs:
         try:
-            return tuple(_read_dataset(dataset) for dataset in self.datasets)
+            return tuple(read_dataset(dataset) for dataset in self.datasets)
         except (OSError, RuntimeError, TypeError, ValueError, MemoryError, OverflowError) as error:
             raise CaffemodelError(f"cannot be read ({error})", path=self.path, layer=self.name) from error
 
@@ -307,7 +312,7 @@ def load(path: str | Path) -> Weights:
             if magic.startswith(_LFS_MAGIC):
                 hint = "fetch the file itself (git lfs pull)"
                 raise CaffemodelError("this is a Git LFS pointer, not the weights", path=path, hint=hint)
-            if magic.startswith(_HDF5_MAGIC):
+            if magic.startswith(HDF5_MAGIC):
                 return _load_hdf5(path)
             buffer = MappedFile.of(file)
     except OSError as error:
@@ -384,7 +389,7 @@ def _name(buffer: MappedFile, field: wire.WireField) -> str:
     return buffer[field.at : field.end].decode("utf-8", "surrogateescape")
 
 
-def _read_blob(buffer: MappedFile, start: int, end: int) -> np.ndarray:
+def read_blob(buffer: MappedFile, start: int, end: int) -> np.ndarray:
     """One BlobProto as a read-only float32 array; a view of the map where its data is one packed run."""
     legacy: dict[int, int] = {}
     dims: list[int] = []
@@ -494,7 +499,7 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _read_dataset(dataset: h5py.Dataset) -> np.ndarray:
+def read_dataset(dataset: h5py.Dataset) -> np.ndarray:
     """A data set as a read-only float32 array; raises ValueError where it is none, or hardly any of it is stored."""
     if dataset.shape is None or dataset.dtype.kind not in "fiu":
         raise ValueError(f'data set "{dataset.name}" holds no numbers')
