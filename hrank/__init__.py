@@ -25,7 +25,7 @@ _HOMES = {
 }
 _MODULES = (
     "applier", "compare", "counts", "coupling", "criteria", "groups", "masking", "measure", "plan", "planner", "rank",
-    "rank_files", "rates", "repair", "repairing", "sites", "tuning",
+    "rank_files", "rates", "repair", "repairing", "sites", "timing", "tuning",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from caffe_proto.errors import UsageError
 from caffe_proto.peers import Peers, joined
 from lra.cli_images import Images, read_images
 
-from . import cli_listing, cli_tuning, cli_writing, outputs
+from . import cli_listing, cli_timing, cli_tuning, cli_writing, outputs
 from .cli_apply import repairing, untrained
 from .cli_checks import check
 from .cli_options import CRITERIA, MEASURED, Options, options
@@ -88,9 +88,14 @@ class _Prune:
                 hint="start one, or add --images: several share them",
             )
         o.refuse({"compare", "finetune", "report_it"}, "does not go with several processes: start one")
+        if o.cost == "latency":
+            raise UsageError(
+                "--cost latency does not go with several processes",
+                hint="start one: they disturb each other's times",
+            )
 
     def _work(self, coupling: Coupling, stage: Stage, ready: cli_tuning.Ready | None) -> None:
-        from .planner import scored_layers, sizes
+        from .planner import scored_layers
 
         o = self.o
         images = (
@@ -102,7 +107,7 @@ class _Prune:
         if o.plan_file is not None:
             plan = o.given_plan
         else:
-            found = sizes(coupling, o.amount(), o.limits())
+            found = cli_timing.sizes(o, coupling)
             layers = scored_layers(coupling, found)
             known = self._measured(coupling, layers, images)
             plan = self._plan(coupling, found, layers, known, o.criterion)
@@ -174,15 +179,16 @@ class _Prune:
         return planner.choose(coupling, sizes, by_layer, reasons, reduce=o.group_score, target=target)
 
     def _warnings(self, known: Any, plan: Plan) -> list[str]:
-        """What makes the order of a pruned layer's filters doubtful, and what a given plan does not do again."""
+        """What makes times or the order of a pruned layer's filters doubtful, and what a given plan does not do again."""
         from .measure import Measured
 
         o = self.o
+        doubts = cli_timing.doubts(plan.predicted, o.threads)
         if o.plan_file is not None:
-            return untrained(plan) if o.finetune is None else []
+            return doubts + (untrained(plan) if o.finetune is None else [])
         if o.criterion not in ("rank", "reverse", "edge", "rowcol") or not isinstance(known, Measured):
-            return []
-        return [
+            return doubts
+        return doubts + [
             f'layer "{name}": {one}'
             for name, said in known.warnings().items()
             if name in plan.layers
@@ -230,11 +236,13 @@ class _Prune:
 
     def _noted(self, plan: Plan, images: Images | None) -> Plan:
         """The plan with the repairs that are made, and without what is not made again."""
-        from .repairing import record
-
         kept = {key: value for key, value in plan.target.items() if key not in ("repair", "finetune")}
         bare = replace(plan, target=kept)
-        return record(bare, self.o.repairs, images.calibration) if images and self.o.repairs else bare
+        if not images or not self.o.repairs:
+            return bare
+        from .repairing import record
+
+        return record(bare, self.o.repairs, images.calibration)
 
     def _trials(
         self, coupling: Coupling, sizes: Sizes, layers: Sequence[str], known: Any, images: Images

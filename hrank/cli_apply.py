@@ -11,7 +11,7 @@ from caffe_proto.cli_images import COMPANIONS
 from lra import outputs as files_of
 from lra.cli_images import read_images
 
-from . import outputs
+from . import cli_timing, outputs
 
 if TYPE_CHECKING:
     from caffe_proto.model import Model
@@ -64,7 +64,15 @@ def carry(given: Mapping[str, Any], said: frozenset[str]) -> None:
     names = files_of.names(given["prefix"], weights=weights is not None, onnx=False)
     files_of.write(names, changed, text, [given["net"], weights], path, given["input_shapes"])
     shown = outputs.Said(
-        report, names, masks, None, _warnings(first, weights), made, total=total, decomposed=decomposed
+        report,
+        names,
+        masks,
+        None,
+        _warnings(first, given, said),
+        made,
+        total=total,
+        decomposed=decomposed,
+        timed=first.predicted,
     )
     if given["as_json"]:
         console.echo_json(outputs.document(shown, ()))
@@ -81,8 +89,9 @@ def untrained(plan: Plan) -> list[str]:
     ]
 
 
-def _warnings(plan: Plan, weights: str | None) -> list[str]:
-    return untrained(plan) if weights is not None else []
+def _warnings(plan: Plan, given: Mapping[str, Any], said: frozenset[str]) -> list[str]:
+    doubts = cli_timing.doubts(plan.predicted, given["threads"] if "threads" in said else None)
+    return doubts + (untrained(plan) if given["weights"] is not None else [])
 
 
 def _repairs(plan: Plan, given: Mapping[str, Any], said: frozenset[str]) -> Recorded | None:
@@ -91,7 +100,8 @@ def _repairs(plan: Plan, given: Mapping[str, Any], said: frozenset[str]) -> Reco
 
     found = recorded(plan, given["plan_file"]) if given["weights"] is not None else None
     if found is None:
-        console.refuse(said & IMAGE_OPTIONS, "only goes with WEIGHTS and a plan that repairs them", {})
+        idle = IMAGE_OPTIONS - ({"threads"} if plan.predicted is not None else set())
+        console.refuse(said & idle, "only goes with WEIGHTS and a plan that repairs them", {})
     elif given["images"] is None:
         otherwise = (
             "or leave WEIGHTS out: the caffemodel written with the plan is repaired, and fits this net too"

@@ -21,6 +21,10 @@ def check(o: Options) -> None:
         raise UsageError("-o PREFIX is missing", hint="add -o PREFIX, or --dry-run to write nothing")
     if o.weights is None and not o.dry_run:
         raise UsageError("WEIGHTS is missing", hint="--dry-run alone does without")
+    if o.speedup is None:
+        o.refuse({"cost"}, "only goes with --speedup")
+    if o.cost != "latency":
+        o.refuse({"latency_table"}, "only goes with --cost latency")
     if o.rates is None and not o.dry_run:
         o.refuse({"rates_as"}, "only goes with --rates")
     if o.rates is None or {o.rates_as, o.count} != {"hrank"}:
@@ -57,6 +61,8 @@ def _budget(o: Options) -> list[str]:
 
 
 def _check_masks(o: Options) -> None:
+    if o.cost == "latency":
+        raise UsageError("--cost latency does not go with --mask-only: masks leave every shape as it is")
     o.refuse({"then_decompose"}, "does not go with --mask-only: masks leave every shape as it is")
     if "lsq" in o.repairs:
         raise UsageError("--repair lsq does not go with --mask-only: it fits the layers of a smaller net")

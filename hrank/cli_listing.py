@@ -9,7 +9,7 @@ import click
 
 from caffe_proto import console
 
-from . import outputs
+from . import cli_timing, outputs
 from .cli_options import Options
 
 if TYPE_CHECKING:
@@ -22,15 +22,16 @@ def show(o: Options, coupling: Coupling) -> None:
     """Print it all; nothing is read but the files named, and nothing written."""
     from . import counts, rates
     from .coupling import listing
-    from .planner import sizes as sizes_of
 
-    sizes = sizes_of(coupling, o.amount(), o.limits()) if o.has_amount else None
+    sizes = cli_timing.sizes(o, coupling) if o.has_amount else None
     keep = _kept_counts(o, coupling, sizes)
     layout = rates.layout(coupling, o.rates_as)
     given = rates.parse(o.rates) if o.rates is not None else None
     before = counts.true(coupling, {})
     after = counts.true(coupling, {} if o.mask_only else _true_keep(o, coupling, sizes))
     published = counted(o, coupling, keep)
+    for doubt in cli_timing.doubts(None if sizes is None else sizes.timed, o.threads):
+        click.echo(f"warning: {doubt}", err=True)
     if o.as_json:
         console.echo_json(
             {
@@ -43,6 +44,7 @@ def show(o: Options, coupling: Coupling) -> None:
                 "kept": {} if sizes is None else sizes.kept,
                 "macs": [before.flops, after.flops],
                 "params": [before.params, after.params],
+                **_timed_json(sizes),
                 **(
                     {}
                     if published is None
@@ -69,10 +71,21 @@ def show(o: Options, coupling: Coupling) -> None:
     outputs.show_kept({} if sizes is None else sizes.kept)
     outputs.total("MACs, whole net", before.flops, after.flops)
     outputs.total("parameters", before.params, after.params)
+    if sizes is not None and sizes.timed is not None:
+        outputs.show_timed(sizes.timed)
+        click.echo(f"rate of all layers: {sizes.rate:g}")
     if published is not None:
         name, old, new = published
         outputs.total(f"FLOPs as {name}", old.flops, new.flops)
         outputs.total(f"params as {name}", old.params, new.params)
+
+
+def _timed_json(sizes: Sizes | None) -> dict[str, Any]:
+    """What a dry run by measured time says besides."""
+    if sizes is None or sizes.timed is None:
+        return {}
+    speedup = {"latency_predicted": outputs.ratio(*sizes.timed.ms)}
+    return {"rate": sizes.rate, "speedup": speedup, "predicted": sizes.timed.to_dict()}
 
 
 def counted(o: Options, coupling: Coupling, kept: Mapping[str, int]) -> tuple[str, Count, Count] | None:

@@ -19,6 +19,7 @@ from lra.cli_changing import (
     plan_option,
     prefix_option,
     round_option,
+    table_option,
 )
 from lra.cli_images import positions_option
 
@@ -47,9 +48,20 @@ options = together(
         help="Which published code's positions and rounding --rates has; --dry-run lists the positions.",
     ),
     click.option("--rate-config", metavar="FILE.json", help='Rates by layer: {"conv1": 0.5}.'),
-    click.option("--speedup", type=float, help="MACs before / after; one rate for all layers is found."),
+    click.option(
+        "--speedup",
+        type=float,
+        help="MACs before / after, with --cost latency time before / after; one rate for all layers is found.",
+    ),
     click.option("--params", type=float, help="Parameters before / after; with --speedup both are met."),
     plan_option,
+    choice_option(
+        "--cost",
+        choices=["macs", "latency"],
+        help="What --speedup counts: multiplications, or time in onnxruntime with --threads, measured of whole nets whose "
+        "layers fill the kernels' blocks (once for a machine; what is known is kept in a table).",
+    ),
+    table_option,
     choice_option(
         "--criterion",
         choices=CRITERIA,
@@ -126,7 +138,8 @@ options = together(
         "--then-decompose",
         type=float,
         metavar="R",
-        help="Decompose what is left, until the whole is R times cheaper; PREFIX.plan.json holds both plans.",
+        help="Decompose what is left, until the whole has R times fewer MACs, whatever --cost; PREFIX.plan.json holds "
+        "both plans.",
     ),
     click.option("--force", is_flag=True, help="Use a plan or a rank file of other files."),
     click.option(
@@ -203,10 +216,10 @@ class Options(Changing):
     @cached_property
     def recorded(self) -> Recorded | None:
         """The repairs of --plan that are to be repeated: none where --repair says other ones."""
-        from .repairing import recorded
-
         if self.plan_file is None or self.repair:
             return None
+        from .repairing import recorded  # brings onnxruntime
+
         return recorded(self.given_plan, self.plan_file)
 
     @property
@@ -260,4 +273,4 @@ class Options(Changing):
     def inputs(self) -> list[str | None]:
         """Every file that was given, none of which may be overwritten."""
         files = [self.net, self.weights, self.rate_config, self.rank_file, self.save_ranks, self.finetune]
-        return [*files, *self.except_, *self.only]
+        return [*files, self.latency_table, *self.except_, *self.only]

@@ -66,7 +66,7 @@ def finish(
         files |= {"html": o.html}
     said = outputs.Said(
         made.report, files, o.mask_only, counted, warnings, made.repairs, times, total, made.trained,
-        () if rest is None else rest.rows, gains,
+        () if rest is None else rest.rows, gains, made.plan.predicted,
     )  # fmt: skip
     if o.as_json:
         console.echo_json(outputs.document(said, trials))

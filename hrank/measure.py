@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,13 +23,15 @@ from caffe_proto.graph import Value, build
 from caffe_proto.layers.spec import text
 from caffe_proto.model import Model
 from caffe_proto.peers import ALONE, Peers
-from caffe_proto.runtime import Engine
-from caffe_proto.segments import Segments
 from caffe_proto.shape_inference import InputShapes, Shaped, infer
 
 from .criteria import Evidence
 from .rank import RankSums, nuclear_norms, ranks_and_bounds
 from .sites import At, Site, Sites, evidence, find_sites
+
+if TYPE_CHECKING:
+    from caffe_proto.runtime import Engine
+    from caffe_proto.segments import Segments
 
 _MOST_BYTES = 2**28  # of the sites' maps at a time
 
@@ -157,6 +159,8 @@ def measure(
     Raises UsageError where there is no image, a layer has no site, or images are not what the net takes; NetError
     where maps hold values that are not finite; WeightsError where the weights do not belong to the net.
     """
+    from caffe_proto.runtime import Engine  # brings onnxruntime, which a plan without images does not need
+
     runner = _Runner(model, Engine(threads))
     stream = iter([images] if isinstance(images, np.ndarray) else images)
     first = _pixels(next(stream, None))
@@ -260,6 +264,8 @@ class _Runner:
 
     def run(self, images: np.ndarray, values: Sequence[Value]) -> Mapping[Value, np.ndarray]:
         """The values for these images."""
+        from caffe_proto.segments import Segments
+
         parts = self._parts.get(images.shape)
         if parts is None:
             shaped = self.shaped(images.shape)

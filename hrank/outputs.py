@@ -10,11 +10,13 @@ import click
 
 from caffe_proto import console
 from caffe_proto.cli_time import gain_document, show_gains
+from lra.outputs import time_line, where_line
 
 if TYPE_CHECKING:
     from caffe_proto.evaluation import Evaluation, Share
     from caffe_proto.latency import Gain, Timing
     from lra.applier import Row
+    from lra.plan import Timed
 
     from .applier import Report
     from .counts import Count
@@ -47,20 +49,24 @@ class Said:
     trained: Sequence[Trained] = ()
     decomposed: Sequence[Row] = ()
     gains: Sequence[Gain] = ()
+    timed: Timed | None = None  # before pruning, and after it
 
 
-def _ratio(before: float, after: float) -> float:
+def ratio(before: float, after: float) -> float:
+    """How many times less there is after."""
     return before / after if after else 1.0
 
 
 def document(said: Said, trials: Sequence[Trial]) -> dict[str, Any]:
     """The report as one JSON document."""
     report = said.report
-    speedup: dict[str, Any] = {"macs": _ratio(*report.macs), "conv_macs": _ratio(*report.conv_macs)}
+    speedup: dict[str, Any] = {"macs": ratio(*report.macs), "conv_macs": ratio(*report.conv_macs)}
     if said.times:
-        speedup["latency"] = _ratio(said.times[0].median, said.times[1].median)
+        speedup["latency"] = ratio(said.times[0].median, said.times[1].median)
+    if said.timed is not None:
+        speedup["latency_predicted"] = ratio(*said.timed.ms)
     if said.total is not None:
-        speedup["total_macs"] = _ratio(*said.total)
+        speedup["total_macs"] = ratio(*said.total)
     layers = [
         {
             "name": row.name,
@@ -112,6 +118,8 @@ def document(said: Said, trials: Sequence[Trial]) -> dict[str, Any]:
             "flops": [before.flops, after.flops],
             "params": [before.params, after.params],
         }
+    if said.timed is not None:
+        made["predicted"] = said.timed.to_dict()
     if said.times:
         made["latency_ms"] = [one.median for one in said.times]
         made["gains"] = [gain_document(one) for one in said.gains]
@@ -183,11 +191,10 @@ def show(said: Said) -> None:
         name, before, after = said.counted
         total(f"FLOPs as {name}", before.flops, after.flops)
         total(f"params as {name}", before.params, after.params)
+    if said.timed is not None:
+        show_timed(said.timed)
     if said.times:
-        first, second = said.times[0].median, said.times[1].median
-        click.echo(
-            f"{'time, median':20}{first:>14.3f} ms -> {second:>12.3f} ms  {_ratio(first, second):.3f}x"
-        )
+        click.echo(time_line("time, median", (said.times[0].median, said.times[1].median)))
     if said.files:
         click.echo("wrote " + ", ".join(said.files.values()))
 
@@ -195,7 +202,13 @@ def show(said: Said) -> None:
 def total(name: str, before: int, after: int) -> None:
     """Print one figure before and after, and the ratio."""
     if before:
-        click.echo(f"{name:20}{before:>17,} -> {after:>15,}  {_ratio(before, after):.3f}x")
+        click.echo(f"{name:20}{before:>17,} -> {after:>15,}  {ratio(before, after):.3f}x")
+
+
+def show_timed(timed: Timed) -> None:
+    """Print what a plan by measured time says of the net as pruned."""
+    click.echo(time_line("time, predicted", timed.ms))
+    click.echo(where_line(timed))
 
 
 def show_kept(kept: Mapping[str, str]) -> None:

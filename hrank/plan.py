@@ -10,6 +10,7 @@ from typing import Any
 from caffe_proto.errors import PlanError
 from caffe_proto.plan import BasePlan, read_json
 from caffe_proto.shape_inference import Shaped
+from lra.plan import Timed
 
 from .coupling import Coupling
 
@@ -104,6 +105,11 @@ class Plan(BasePlan[PruneEntry]):
     def keep(self) -> dict[str, tuple[int, ...]]:
         """The channels that each layer keeps."""
         return {name: entry.keep for name, entry in self.layers.items()}
+
+    @property
+    def predicted(self) -> Timed | None:
+        """What a plan by measured time says of the whole net, None for others. Raises PlanError where it is not complete."""
+        return Timed.of(self.target)
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:

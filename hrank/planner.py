@@ -30,7 +30,12 @@ from .sites import At, find_sites
 
 if TYPE_CHECKING:
     from caffe_proto.data.batches import Batches
+    from lra.plan import Timed
 
+    from .timing import Clock
+
+COSTS = ("macs", "latency")
+_ONE_BLOCK = "the kernels take all its channels at once: fewer would not be faster"
 _IMAGES = 500  # where only their source is given, as in the paper
 
 Scores = dict[str, np.ndarray]
@@ -81,17 +86,19 @@ class Limits:
 class Sizes:
     """How many units each group keeps, by its index, or filters each layer that is masked by itself.
 
-    ``kept``: layers that stay whole although the amount names them, and why. ``rate``: the one that a budget took.
+    ``kept``: layers that stay whole although the amount names them, and why. ``rate``: the one that a budget took;
+    ``timed``: the times behind it, where they were measured.
     """
 
     groups: dict[int, int]
     layers: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     rate: float | None = None
+    timed: Timed | None = None
 
 
-def sizes(coupling: Coupling, amount: Amount, limits: Limits = Limits()) -> Sizes:
-    """How much stays of each layer.
+def sizes(coupling: Coupling, amount: Amount, limits: Limits = Limits(), clock: Clock | None = None) -> Sizes:
+    """How much stays of each layer. ``clock``: a speed-up is one of measured time.
 
     Raises UsageError on a string of another length or a budget out of reach, PlanError on names that the net lacks,
     layers that are no convolutions, and different rates for layers that keep the same channels.
@@ -100,12 +107,14 @@ def sizes(coupling: Coupling, amount: Amount, limits: Limits = Limits()) -> Size
     if amount.is_budget:
         names = rates.prunable(coupling, coupled=limits.coupled)
         layers = [name for name in names if _allowed(name, limits)]
+        out = {name: "left out" for name in names if not _allowed(name, limits)}
+        if clock is not None:
+            return _by_time(coupling, amount, limits, layers, out, clock)
         rate = rates.for_budget(
             coupling, layers, speedup=amount.speedup, params=amount.params, coupled=limits.coupled,
             round_to=limits.round_to, least=limits.least,
         )  # fmt: skip
         by_layer: dict[str, float] = dict.fromkeys(layers, rate)
-        out = {name: "left out" for name in names if not _allowed(name, limits)}
     else:
         rate = None
         wanted = _wanted(coupling, amount)
@@ -121,6 +130,27 @@ def sizes(coupling: Coupling, amount: Amount, limits: Limits = Limits()) -> Size
         counts |= _transitions(coupling, amount, counts)
     counts = {index: count for index, count in counts.items() if count < coupling.groups[index].channels}
     return Sizes(counts, {}, {**out, **kept}, rate)
+
+
+def _by_time(
+    coupling: Coupling,
+    amount: Amount,
+    limits: Limits,
+    layers: Sequence[str],
+    out: dict[str, str],
+    clock: Clock,
+) -> Sizes:
+    """How much stays where the whole net is to be so many times faster."""
+    if amount.speedup is None or limits.masks:
+        raise UsageError(
+            "measured time is the cost of a speed-up by a smaller net", hint="give a speed-up, and no masks"
+        )
+    found = clock.choose(
+        layers, speedup=amount.speedup, params=amount.params, coupled=limits.coupled,
+        round_to=limits.round_to, least=limits.least,
+    )  # fmt: skip
+    whole = {name: _ONE_BLOCK for index in found.whole for name in _deciding(coupling.groups[index])}
+    return Sizes(dict(found.step.kept), {}, {**out, **whole}, found.step.rate, found.timed)
 
 
 def _allowed(name: str, limits: Limits) -> bool:
@@ -271,7 +301,8 @@ def choose(
             path=coupling.model.net.path, layer=unjudged[0], hint=hint,
         )  # fmt: skip
     rate = {} if found.rate is None else {"rate": found.rate}
-    return Plan.of(coupling, keep, kept=kept, target={**(target or {}), **rate})
+    timed = {} if found.timed is None else found.timed.to_dict()
+    return Plan.of(coupling, keep, kept=kept, target={**(target or {}), **rate, **timed})
 
 
 @contextmanager
@@ -334,6 +365,8 @@ def make_plan(
     rates_as: str = "hrank",
     speedup: float | None = None,
     params: float | None = None,
+    cost: str = "macs",
+    latency_table: str | Path | None = None,
     criterion: str = "rank",
     ranks: str | Path | None = None,
     at: At = "relu",
@@ -353,6 +386,8 @@ def make_plan(
         rates: a string such as ``[0.1]+[0.6]*35``, or rates by layer name; fractions pruned.
         rates_as: the grammar of the string, "hrank" or "hrankplus".
         speedup: MACs of the net before over after; ``params`` the same of stored numbers.
+        cost: what the speed-up counts: "macs", or "latency": the time of the whole net in onnxruntime with ``threads``,
+            measured, see `hrank.timing`. ``latency_table``: where times are kept, by default in the user's cache.
         criterion: one of ``hrank.criteria.CRITERIA``.
         ranks: a rank file, or a folder of published ones, instead of images.
         at: where the maps are read, see `find_sites`.
@@ -368,7 +403,7 @@ def make_plan(
         raise UsageError("give rates, or a speed-up and/or a factor of parameters")
     amount = amount_of(rates, rates_as, speedup, params)
     coupling = find(model, input_shapes)
-    found = sizes(coupling, amount, limits)
+    found = sizes(coupling, amount, limits, _clock(coupling, cost, amount, threads, latency_table, step))
     layers = scored_layers(coupling, found)
     known: Any = None
     if CRITERIA[criterion].needs_images:
@@ -376,6 +411,22 @@ def make_plan(
     by_layer, reasons = scores(criterion, evidence(model, layers, known, seed, input_shapes))
     target = {**amount.record(), "criterion": criterion, **({"masks": True} if limits.masks else {})}
     return choose(coupling, found, by_layer, reasons, reduce=reduce, target=target)
+
+
+def _clock(
+    coupling: Coupling, cost: str, amount: Amount, threads: int, table: str | Path | None, step: Callable[[int], None]
+) -> Clock | None:  # fmt: skip
+    if cost not in COSTS:
+        raise UsageError(f'there is no cost "{cost}"', hint="known: " + ", ".join(COSTS))
+    if cost == "macs":
+        return None
+    if amount.speedup is None:
+        raise UsageError("measured time is the cost of a speed-up", hint="give a speed-up")
+    from caffe_proto.runtime import Engine
+
+    from .timing import Clock
+
+    return Clock(coupling, Engine(threads), table, step)
 
 
 def amount_of(

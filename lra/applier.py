@@ -19,7 +19,7 @@ from caffe_proto.shape_inference import InputShapes, infer
 
 from .decomposition import Step, StepShape
 from .merging import Merge, merge
-from .plan import REFIT, LayerPlan, Plan, Predicted
+from .plan import REFIT, LayerPlan, Plan, Predicted, Timed
 from .schemes import ALL_SCHEMES
 from .styles import STYLES, new_layers, renamed_tops, unwritable
 from .targets import Found, Spectra, Target, find
@@ -133,7 +133,7 @@ def apply(
         new = new_layers(layer, target, steps, style, namer, gains_bias=name in fitted)
         edits.append(Replace(name, new, renamed_tops(layer, new, style, model.net)))
     changed = rewrite(model, edits)
-    warnings = (fits.warnings if fits is not None else ()) + doubts(plan, engine)
+    warnings = (fits.warnings if fits is not None else ()) + doubts(plan.predicted, engine)
     if plan.target.get("fold_bn"):
         changed, unfolded = fold_batchnorm(changed, input_shapes)
         warnings += tuple(f'layer "{name}" is not folded: {reason}' for name, reason in unfolded.items())
@@ -159,13 +159,13 @@ def apply(
     )
 
 
-def doubts(plan: Plan, engine: Engine | None) -> tuple[str, ...]:
-    """Why the times of a plan by measured time may not hold here."""
-    if plan.predicted is None:
+def doubts(predicted: Timed | None, engine: Engine | None) -> tuple[str, ...]:
+    """Why what a plan by measured time says may not hold here; nothing of other plans."""
+    if predicted is None:
         return ()
     from .latency_plan import foreign  # brings onnxruntime, which other plans do not need
 
-    return foreign(plan.predicted, engine)
+    return foreign(predicted, engine)
 
 
 def _fitted(plan: Plan, place: _Place, images: Any, force: bool, step: Callable[[int], None]) -> Fits | None:

@@ -40,6 +40,13 @@ prefix_option = click.option(
 plan_option = click.option("--plan", "plan_file", metavar="FILE.plan.json", help="Apply a plan made before.")
 
 
+table_option = click.option(
+    "--latency-table",
+    metavar="FILE",
+    help="With --cost latency: the table of measured times; default: one in the user's cache.",
+)
+
+
 def layer_options(spared: str) -> Decorator:
     """--except and --only; ``spared``: what the first does."""
     return together(
@@ -86,6 +93,8 @@ class Changing(ImageOptions):
     speedup: float | None
     plan_file: str | None
     round_to: int
+    cost: str
+    latency_table: str | None
     force: bool
     resume: bool
     positions: int | None

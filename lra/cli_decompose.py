@@ -107,7 +107,7 @@ class _Decompose:
         if self.peers.rank:
             return
         write_plan(self.o, plan)
-        for doubt in doubts(plan, planning.engine(self.o)):
+        for doubt in doubts(plan.predicted, planning.engine(self.o)):
             click.echo(f"warning: {doubt}", err=True)
 
     def _made(self, model: Model, plan: Plan, found: Found, spectra: Spectra, images: Images | None) -> Made:

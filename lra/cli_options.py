@@ -10,7 +10,15 @@ import click
 
 from caffe_proto.console import choice_option, together
 
-from .cli_changing import Changing, last_options, layer_options, plan_option, prefix_option, round_option
+from .cli_changing import (
+    Changing,
+    last_options,
+    layer_options,
+    plan_option,
+    prefix_option,
+    round_option,
+    table_option,
+)
 from .cli_images import calibration_options
 
 if TYPE_CHECKING:
@@ -73,11 +81,7 @@ options = together(
         help="What --speedup counts: multiplications, or time in onnxruntime with --threads, measured chain by chain in "
         "the layers' places (once for a machine; what is known is kept in a table).",
     ),
-    click.option(
-        "--latency-table",
-        metavar="FILE",
-        help="With --cost latency: the table of measured times; default: one in the user's cache.",
-    ),
+    table_option,
     click.option(
         "--batch",
         type=click.IntRange(1),
@@ -157,8 +161,6 @@ class Options(Changing):
     scope: str
     even_if_slower: bool
     style: str
-    cost: str
-    latency_table: str | None
     batch: int | None
     selection: str
     same_ranks: bool

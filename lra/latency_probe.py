@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from caffe_proto.errors import UnsupportedError
+from caffe_proto.errors import UnsupportedError, UsageError
 from caffe_proto.kernels import LEARNT, Event, NodeNames, owners, read_runs
 from caffe_proto.layers.emit import NodeRecord, Shape, Sheet
 from caffe_proto.onnx_export import Export, Request, draw, to_onnx
@@ -42,6 +42,29 @@ def as_is(target: Target) -> Chain:
     """The layer itself, as a chain of one."""
     g = target.geometry
     return (StepShape("", target.shape, g.stride, g.pad, g.dilation, g.group),)
+
+
+def narrowed(target: Target, outputs: int, inputs: int) -> Chain:
+    """The layer itself with fewer channels, as a chain of one: what is left of it once filters are pruned.
+
+    ``outputs``, ``inputs``: channels of all its groups together, at most the layer's own. A convolution of several
+    groups keeps their number, and its groups stay equally wide; a depthwise one, which reads one channel a group,
+    has as many groups as it has inputs. Weight (outputs, inputs/group, kh, kw).
+
+    Raises UsageError where the layer has fewer channels, or its groups cannot share so many.
+    """
+    (step,) = as_is(target)
+    out, depth, height, width = step.shape
+    group = inputs if depth == 1 and step.group > 1 else step.group
+    for what, wide, most in (("outputs", outputs, out), ("inputs", inputs, depth * step.group)):
+        if not 1 <= wide <= most:
+            raise UsageError(f"cannot have {wide} {what}, it has {most}", layer=target.name)
+        if wide % group:
+            raise UsageError(
+                f"{wide} {what} cannot be shared by its {group} groups", layer=target.name,
+                hint=f"give a multiple of {group}",
+            )  # fmt: skip
+    return (replace(step, shape=(outputs, inputs // group, height, width), group=group),)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from caffe_proto.shape_inference import InputShapes
 
     from .applier import Report
+    from .plan import Timed
 
 
 class PlanText(Protocol):
@@ -81,8 +82,14 @@ def _ratio(pair: tuple[float, float]) -> float:
     return pair[0] / pair[1] if pair[1] else 1.0
 
 
-def _time_line(what: str, pair: tuple[float, float]) -> str:
+def time_line(what: str, pair: tuple[float, float]) -> str:
+    """Milliseconds before and after, and the ratio."""
     return f"{what:20}{pair[0]:>14.3f} ms -> {pair[1]:>12.3f} ms  {_ratio(pair):.3f}x"
+
+
+def where_line(timed: Timed) -> str:
+    """Where a plan's times were measured."""
+    return "times measured on " + ", ".join(f"{key} {value}" for key, value in timed.measured_on.items())
 
 
 def subjects(names: Sequence[str], models: Sequence[Model], shapes: InputShapes) -> list[Subject]:
@@ -229,16 +236,15 @@ def show(said: Said) -> None:
     for name, value in said.apart.items():
         click.echo(f"output {name}: ||y' - y|| / ||y|| = {value:.4g}")
     if report.predicted is not None:
-        click.echo(_time_line("time, predicted", report.predicted.ms))
+        click.echo(time_line("time, predicted", report.predicted.ms))
         click.echo(
             f"gap: the loss is at most {report.predicted.gap:.3g} above that of any choice in this time"
         )
-        where = report.predicted.measured_on
-        click.echo("times measured on " + ", ".join(f"{key} {value}" for key, value in where.items()))
+        click.echo(where_line(report.predicted))
     if times:
         medians = times[0].median, times[1].median
         share = _ratio(medians) / _ratio(report.macs)
-        click.echo(f"{_time_line('time, median', medians)}, {share:.0%} of what the MACs say")
+        click.echo(f"{time_line('time, median', medians)}, {share:.0%} of what the MACs say")
     if said.gains:
         click.echo()
         show_gains(said.gains)

@@ -91,15 +91,14 @@ def _two_numbers(value: Any, layer: str | None = None) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What a plan by measured time expects of the whole net.
+class Timed:
+    """What any plan by measured time says of the whole net.
 
-    ``ms``: milliseconds before and after; ``gap``: loss beyond the bound that no plan of these times can go below;
-    ``noise``: relative standard error of the times; ``measured_on``: processor, onnxruntime, threads, provider.
+    ``ms``: milliseconds before and after; ``noise``: relative standard error of the times; ``measured_on``:
+    processor, onnxruntime, threads, provider.
     """
 
     ms: tuple[float, float]
-    gap: float
     noise: float
     measured_on: Mapping[str, Any]
 
@@ -108,10 +107,31 @@ class Predicted:
         return {
             "cost": "latency",
             "predicted_ms": list(self.ms),
-            "gap": self.gap,
             "noise": self.noise,
             "measured_on": dict(self.measured_on),
         }
+
+    @classmethod
+    def of(cls, target: Mapping[str, Any]) -> Timed | None:
+        """From a plan's target, None of a plan that is not by time. Raises PlanError where it is not complete."""
+        if target.get("cost") != "latency":
+            return None
+        noise: Any = target.get("noise")
+        where = target.get("measured_on")
+        if not _is_number(noise) or not isinstance(where, Mapping):
+            raise PlanError('"noise" or "measured_on" of a plan by measured time is missing or wrong')
+        return Timed(_two_numbers(target.get("predicted_ms")), float(noise), where)
+
+
+@dataclass(frozen=True)
+class Predicted(Timed):
+    """What a plan by measured time expects of the whole net; ``gap``: loss beyond the bound that no plan of these times can go below."""
+
+    gap: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a plan's target."""
+        return {**super().to_dict(), "gap": self.gap}
 
 
 class Plan(BasePlan[LayerPlan]):
@@ -120,13 +140,13 @@ class Plan(BasePlan[LayerPlan]):
     @property
     def predicted(self) -> Predicted | None:
         """What a plan by measured time expects, None for other plans. Raises PlanError where it is not complete."""
-        if self.target.get("cost") != "latency":
+        timed = Timed.of(self.target)
+        gap: Any = self.target.get("gap")
+        if timed is None:
             return None
-        where: Any = self.target.get("measured_on")
-        gap, noise = (self.target.get(key, -1) for key in ("gap", "noise"))
-        if not _is_number(gap) or not _is_number(noise) or not isinstance(where, Mapping):
-            raise PlanError('"gap", "noise" or "measured_on" of a plan by measured time is missing or wrong')
-        return Predicted(_two_numbers(self.target.get("predicted_ms")), float(gap), float(noise), where)
+        if not _is_number(gap):
+            raise PlanError('"gap" of a plan by measured time is missing or wrong')
+        return Predicted(timed.ms, timed.noise, timed.measured_on, float(gap))
 
     @property
     def complete(self) -> bool:

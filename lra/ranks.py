@@ -59,6 +59,12 @@ def candidates(max_rank: int, group: int = 1, round_to: int = 1) -> range:
     return range(step, max_rank + 1, step)
 
 
+def below(ratio: float) -> float:
+    """A ratio rounded down to three digits, so that it can be asked for."""
+    unit = 10.0 ** (math.floor(math.log10(ratio)) - 2)
+    return math.floor(ratio / unit) * unit
+
+
 def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
     """Choose one option a layer: ``min sum_l loss_l`` subject to ``sum_l cost_l <= budget``, approximately.
 

@@ -18,7 +18,7 @@ ORDER = (
     lra.filters lra.force lra.clipping lra.sparsify
     caffe_proto.blocks caffe_proto.weights caffe_proto.upgrade caffe_proto.net
     caffe_proto.recover caffe_proto.upgrade_weights
-    caffe_proto.typed caffe_proto.model caffe_proto.solver caffe_proto.outputs caffe_proto.snapshots
+    caffe_proto.typed caffe_proto.model caffe_proto.solver caffe_proto.outputs
     caffe_proto.layers.emit caffe_proto.layers.channels caffe_proto.layers.spec
     caffe_proto.layers.conv caffe_proto.layers.dense caffe_proto.layers.ends caffe_proto.layers.norm
     caffe_proto.layers.pointwise caffe_proto.layers.pool caffe_proto.layers.shape caffe_proto.layers.softmax
@@ -40,7 +40,7 @@ ORDER = (
     caffe_proto.data.datums caffe_proto.data caffe_proto.data.transform caffe_proto.data.batches
     caffe_proto.data.build
     caffe_proto.evaluation
-    caffe_proto.train_data caffe_proto.train
+    caffe_proto.train_data caffe_proto.caffe_state caffe_proto.snapshots caffe_proto.train
     caffe_proto
     lra.plan lra.targets lra.styles lra.merging lra.train_layers lra.train_hooks lra.train_setup
     lra.following lra.walk lra.stage lra.responses lra.calibration lra.matching lra.polish_torch lra.polish lra.jobs lra.fitting lra.options lra.selection lra.auto
@@ -48,7 +48,7 @@ ORDER = (
     lra.planner lra.applier lra.repair
     lra
     hrank.sites hrank.measure hrank.rank_files
-    hrank.groups hrank.coupling hrank.plan hrank.applier hrank.counts hrank.rates
+    hrank.groups hrank.coupling hrank.plan hrank.applier hrank.counts hrank.rates hrank.timing
     lra.removal
     hrank.planner hrank.masking hrank.repair hrank.compare hrank.repairing hrank.tuning
     hrank
@@ -56,7 +56,7 @@ ORDER = (
     lra.demo lra.outputs hrank.outputs hrank.joint
     lra.report_given lra.report lra.report_plots lra.report_diagram lra.report_html lra.cli_report
     lra.cli_changing lra.cli_images lra.cli_options lra.cli_checks lra.cli_planning lra.cli_compare lra.cli_writing lra.cli_decompose
-    hrank.cli_options hrank.cli_checks hrank.cli_listing hrank.cli_writing hrank.cli_tuning hrank.cli_apply hrank.cli lra.train_report lra.cli_train lra.cli_welcome lra.cli lra.__main__
+    hrank.cli_options hrank.cli_checks hrank.cli_timing hrank.cli_listing hrank.cli_writing hrank.cli_tuning hrank.cli_apply hrank.cli lra.train_report lra.cli_train lra.cli_welcome lra.cli lra.__main__
     """
 ).split()
 
