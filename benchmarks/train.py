@@ -1,7 +1,7 @@
 """Training with force, clipping and sparsity on real nets and images: ranks at energy 0.95, MACs and test accuracy.
 
     python benchmarks/train.py SECTION ... --work FOLDER [--seed N] [--shared ../shared]
-    python benchmarks/train.py --table --work FOLDER [FOLDER ...]
+    python benchmarks/train.py --table [--plot FILE.svg] --work FOLDER [FOLDER ...]
 
 Sections: lenet (baseline, force at three strengths of L1 and L2), low_rank (LRA at energy 0.95 with and without, and
 fine-tuning), start (force from a trained and from a random start), together (force, LRA and sparsity on one LeNet),
@@ -10,7 +10,8 @@ cifar (ConvNet with trained weights: force, LRA, fine-tuning), cifar_start (the 
 asymmetric (fine-tuning of an asymmetric 3-D net).
 Every row is the outcome of ``caffe-lra`` commands, which are printed and kept with it in FOLDER/rows.jsonl; what is there
 is not run again. One thread. Another seed needs another folder; the table of several folders has the mean of their
-accuracies and the range, a row for each run that the first folder has.
+accuracies and the range, a row for each run that the first folder has. ``--plot``, where matplotlib is installed: accuracy
+over the ranks that are left, a curve for each type of force, a point for each strength.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from caffe_proto.data.build import mean_bytes
+from caffe_proto.files import writing
 from caffe_proto.preprocess import read_mean
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -444,6 +446,56 @@ def _ranks(found: Sequence[dict[str, Any]]) -> str:
     return " ".join(cells)
 
 
+def curves(folders: Sequence[Sequence[dict[str, Any]]], net: str) -> dict[str, list[tuple[float, float]]]:
+    """By type of force: (share of the convolutions' ranks left, accuracy), means over folders, from weak to strong."""
+    points: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    for row in (row for folder in folders for row in folder):
+        found = re.fullmatch(rf"{net}_(l1|l2|none)(?:_([0-9.]+))?", row["name"])
+        if found is None or "after" not in row:
+            continue
+        left, before = (
+            sum(rank for layer, rank in row[when].items() if layer.lower().startswith("conv"))
+            for when in ("after", "before")
+        )
+        kinds = ("l1", "l2") if found[1] == "none" else (found[1],)
+        for kind in kinds:
+            points.setdefault((kind, float(found[2] or 0)), []).append((left / before, row["accuracy"]))
+    made: dict[str, list[tuple[float, float]]] = {}
+    for (kind, _), some in sorted(points.items()):
+        share, accurate = np.mean(some, axis=0).tolist()
+        made.setdefault(kind, []).append((share, accurate))
+    return made
+
+
+def draw(folders: Sequence[Sequence[dict[str, Any]]], path: Path) -> None:
+    """The curves of all nets that there are, side by side."""
+    import matplotlib  # type: ignore[import-not-found]
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot  # type: ignore[import-not-found]
+
+    titles = {"lenet": "LeNet", "cifar": "ConvNet", "resnet": "ResNet-20"}
+    made = {title: found for net, title in titles.items() if (found := curves(folders, net))}
+    if not made:
+        raise SystemExit("no rows of forces to draw")
+    with matplotlib.rc_context({"svg.hashsalt": "force", "svg.fonttype": "none"}):
+        figure, all_axes = pyplot.subplots(
+            1, len(made), figsize=(4 * len(made), 3.6), layout="constrained", squeeze=False
+        )
+        for axes, (title, found) in zip(all_axes[0], made.items(), strict=True):
+            for kind, points in found.items():
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=kind.upper())
+            axes.set_title(title)
+            axes.set_xlabel("share of ranks left (energy 0.95)")
+            axes.set_ylabel("test accuracy")
+            axes.set_xlim(0, 1.05)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        with writing([path]) as (temporary,):
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
 def main() -> int:
     """Run sections, or print the table."""
     parser = argparse.ArgumentParser(
@@ -454,6 +506,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     o = parser.parse_args()
     folders = [Runs(work.resolve(), o.shared.resolve(), o.seed) for work in o.work]
     for runs in folders:
@@ -461,6 +514,8 @@ def main() -> int:
             SECTIONS[name](runs)
     if o.table:
         print(table([runs.rows for runs in folders]))
+    if o.plot:
+        draw([runs.rows for runs in folders], o.plot)
     return 0
 
 
