@@ -126,12 +126,12 @@ class Latency:
             rank // unit: self.seconds(target, _chain(target, scheme, rank))
             for rank in self.ranks(target, scheme)
         }
-        step = lcm(unit, round_to)
+        step, place = lcm(unit, round_to), self.drawing.place(target)
         return [
             (
                 rank,
                 self.seconds(target, chain)
-                if self._settled((self.drawing.place(target), chain))
+                if self._settled(place, chain)
                 else interpolate(points, rank // unit),
             )
             for rank in range(step, top * unit + 1, step)
@@ -219,21 +219,22 @@ class Latency:
         left = [
             pair
             for pair in dict.fromkeys((sites[name], chain) for name, chain in chosen.items())
-            if not self._settled((pair[0][0], pair[1]))
+            if not self._settled(pair[0][0], pair[1])
         ]
+        if not left:
+            return False
         log, overhead = _Log(sites, self._known(sites)), kernels(self.engine).overhead
         for net in _nets(left, targets, sites):
             log.add([net], *side_by_side(self.drawing, [net], self.engine, overhead, _AGAIN))
         measured = log.measured()
         for (place, _), chain in left:
             self.table.put(place, chain, measured[place, chain])
-        if left:
-            self.table.write()
-        return bool(left)
+        self.table.write()
+        return True
 
-    def _settled(self, pair: Pair) -> bool:
+    def _settled(self, place: str, chain: Chain) -> bool:
         """Whether a chain was measured as often as what plans choose."""
-        found = self.table.get(*pair)
+        found = self.table.get(place, chain)
         return found is not None and found.runs >= _AGAIN
 
     def _sites(self, targets: Sequence[Target]) -> dict[str, Pair]:
